@@ -1,0 +1,213 @@
+"""ACTION-Net's modules: STE, CE, ME and their sum.
+
+Wang, She, Smolic: ACTION-Net: Multipath Excitation for Action Recognition, CVPR 2021. The defaults compute
+what the authors' released code computes; docs/fidelity.md lists where the text differs.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import following, positive_int, previous, to_clips
+from .base import TemporalModule
+from .registry import register_module
+from .tsm import TemporalConv
+
+
+class Excitation(TemporalModule):
+    """A path that excites its input: ``y = x + x * gate(x)`` (Eq. 3), with ``gate`` in (0, 1).
+
+    With ``identity_start`` the last layer before the sigmoid starts at zero and the gate enters centred,
+    ``y = x + x * (2 * gate(x) - 1)``: a fresh module returns its input exactly, and both directions,
+    excite and suppress, can be learnt.
+    """
+
+    def __init__(self, channels: int, n_segment: int = 8, *, identity_start: bool = False) -> None:
+        super().__init__(channels, n_segment)
+        self.identity_start = identity_start
+
+    def gate(self, x: Tensor) -> Tensor:
+        """The mask M, broadcastable to ``x``."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check(x)
+        return x * _combine([self.gate(x)], self.identity_start).to(x.dtype)
+
+
+class STE(Excitation):
+    """Spatio-temporal excitation (Eqs. 1-3): one 3x3x3 convolution on the mean over channels.
+
+    ``M = sigmoid(K * mean_c(x))``, M of shape ``(N*T, 1, H, W)``. ``weight`` holds the kernel K as
+    ``(1, 3 taps of time, 3, 3)``, zero padding in time and space, no bias.
+
+    Args:
+        channels: C.
+        n_segment: T.
+        identity_start: see :class:`Excitation`.
+    """
+
+    def __init__(self, channels: int, n_segment: int = 8, *, identity_start: bool = False) -> None:
+        super().__init__(channels, n_segment, identity_start=identity_start)
+        self.weight = nn.Parameter(torch.zeros(1, 3, 3, 3))
+        if not identity_start:
+            nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+
+    def gate(self, x: Tensor) -> Tensor:
+        mean = to_clips(x.mean(dim=1, keepdim=True), self.n_segment)
+        taps = torch.cat([previous(mean), mean, following(mean)], dim=2).flatten(0, 1)
+        return F.conv2d(taps, self.weight, padding=1).sigmoid()
+
+
+class CE(Excitation):
+    """Channel excitation (Eqs. 4-8): squeeze-and-excitation with a temporal convolution in between.
+
+    ``M = sigmoid(K3 * relu(K2 * (K1 * mean_hw(x))))``, M of shape ``(N*T, C, 1, 1)``; K1 and K3 are 1x1
+    (``squeeze``, ``expand``), K2 (``temporal``) is a full temporal convolution of kernel 3 on the
+    ``max(1, C // reduction)`` squeezed channels. The ReLU is the released code's; the text has none.
+
+    Args:
+        channels: C.
+        n_segment: T.
+        reduction: ratio of the squeeze.
+        relu: ``False`` gives the text's form.
+        identity_start: see :class:`Excitation`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        n_segment: int = 8,
+        reduction: int = 16,
+        *,
+        relu: bool = True,
+        identity_start: bool = False,
+    ) -> None:
+        super().__init__(channels, n_segment, identity_start=identity_start)
+        squeezed = max(1, channels // positive_int("reduction", reduction))
+        self.squeeze = nn.Conv2d(channels, squeezed, 1, bias=False)
+        self.temporal = nn.Conv1d(squeezed, squeezed, 3, padding=1, bias=False)
+        self.act = nn.ReLU() if relu else nn.Identity()
+        self.expand = nn.Conv2d(squeezed, channels, 1, bias=False)
+        if identity_start:
+            nn.init.zeros_(self.expand.weight)
+
+    def gate(self, x: Tensor) -> Tensor:
+        pooled = self.squeeze(x.mean(dim=(2, 3), keepdim=True))
+        clips = to_clips(pooled.flatten(1), self.n_segment).transpose(1, 2)
+        mixed = self.act(self.temporal(clips)).transpose(1, 2).reshape(pooled.shape)
+        return self.expand(mixed).sigmoid()
+
+
+class ME(Excitation):
+    """Motion excitation (Eq. 9): the difference of adjacent frames' squeezed features, pooled.
+
+    With ``f = norm(squeeze(x))``: ``F[t] = mean_hw(K * f[t+1] - f[t])``, zero at the last frame, and
+    ``M = sigmoid(expand(F))`` of shape ``(N*T, C, 1, 1)``. K (``transform``) is a depthwise 3x3 convolution
+    with zero padding. The batch norm is the released code's; the text has none.
+
+    Args:
+        channels: C.
+        n_segment: T.
+        reduction: ratio of the squeeze, to ``max(1, C // reduction)`` channels.
+        identity_start: see :class:`Excitation`.
+    """
+
+    def __init__(
+        self, channels: int, n_segment: int = 8, reduction: int = 16, *, identity_start: bool = False
+    ) -> None:
+        super().__init__(channels, n_segment, identity_start=identity_start)
+        squeezed = max(1, channels // positive_int("reduction", reduction))
+        self.squeeze = nn.Conv2d(channels, squeezed, 1, bias=False)
+        self.norm = nn.BatchNorm2d(squeezed)
+        self.transform = nn.Conv2d(squeezed, squeezed, 3, padding=1, groups=squeezed, bias=False)
+        self.expand = nn.Conv2d(squeezed, channels, 1, bias=False)
+        if identity_start:
+            nn.init.zeros_(self.expand.weight)
+
+    def gate(self, x: Tensor) -> Tensor:
+        return self.expand(self.motion(x)).sigmoid()
+
+    def motion(self, x: Tensor) -> Tensor:
+        """The pooled motion F, ``(N*T, squeezed, 1, 1)``."""
+        features = self.norm(self.squeeze(x))
+        ahead, now = (to_clips(f, self.n_segment) for f in (self.transform(features), features))
+        motion = (ahead[:, 1:] - now[:, :-1]).mean(dim=(3, 4), keepdim=True)
+        return F.pad(motion, (0, 0, 0, 0, 0, 0, 0, 1)).flatten(0, 1)
+
+
+class ActionModule(TemporalModule):
+    """The ACTION module: a learnable shift, then the sum of the excited paths (section 3.4).
+
+    With ``y = shift(x)``, the learnable part shift the released code starts with:
+    ``sum_p (y + y * gate_p(y)) = y * (P + sum_p gate_p(y))`` over the P chosen paths.
+
+    The released form multiplies activations by about 1.5 P (4.5 with three paths) at the start, in front of
+    layers whose batch-norm statistics are ImageNet's. ``identity_start=True`` starts as the identity
+    instead: the shift as (0, 1, 0), each gate at exactly 1/2, and the sum averaged and centred,
+    ``y * (1 + mean_p (2 * gate_p(y) - 1))``.
+
+    Args:
+        channels: C.
+        n_segment: T.
+        reduction: ratio of the squeeze in CE and ME.
+        shift_div: see :class:`~temporal_excite.TemporalShift`.
+        shift: ``False`` leaves the shift out, the text's form.
+        paths: any of ``"ste"``, ``"ce"``, ``"me"``; Table 3's ablations are single paths.
+        relu: see :class:`CE`.
+        identity_start: start as the identity.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        n_segment: int = 8,
+        reduction: int = 16,
+        shift_div: int = 8,
+        *,
+        shift: bool = True,
+        paths: Sequence[str] = ("ste", "ce", "me"),
+        relu: bool = True,
+        identity_start: bool = False,
+    ) -> None:
+        super().__init__(channels, n_segment)
+        if (
+            isinstance(paths, str)
+            or not paths
+            or set(paths) - {"ste", "ce", "me"}
+            or len(set(paths)) < len(paths)
+        ):
+            raise ValueError(f"paths must be distinct names out of ('ste', 'ce', 'me'), got {paths!r}")
+        self.identity_start = identity_start
+        self.shift = (
+            TemporalConv(channels, n_segment, shift_div, init="identity" if identity_start else "shift")
+            if shift
+            else nn.Identity()
+        )
+        self.paths = tuple(path for path in ("ste", "ce", "me") if path in paths)
+        if "ste" in paths:
+            self.ste = STE(channels, n_segment, identity_start=identity_start)
+        if "ce" in paths:
+            self.ce = CE(channels, n_segment, reduction, relu=relu, identity_start=identity_start)
+        if "me" in paths:
+            self.me = ME(channels, n_segment, reduction, identity_start=identity_start)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check(x)
+        y = self.shift(x)
+        excitations: list[Excitation] = [getattr(self, path) for path in self.paths]
+        return y * _combine([e.gate(y) for e in excitations], self.identity_start).to(x.dtype)
+
+
+def _combine(gates: list[Tensor], centred: bool) -> Tensor:
+    """``P + sum gates``, or ``1 + mean (2 gate - 1)``: what the paths multiply their input with."""
+    total = sum(gates[1:], gates[0])
+    return 1 + (2 * total - len(gates)) / len(gates) if centred else len(gates) + total
+
+
+register_module("action", ActionModule)
+for _path in ("ste", "ce", "me"):
+    register_module(_path, partial(ActionModule, paths=(_path,)))

@@ -1,0 +1,28 @@
+"""What every temporal module has in common: its shape contract."""
+
+from torch import Tensor, nn
+
+from ..ops import check_frames, positive_int
+
+
+class TemporalModule(nn.Module):
+    """A module on frames ``(N*T, C, H, W)`` that lets the T frames of a clip see each other.
+
+    Subclasses keep shape, dtype, device and memory format, and call :meth:`check` first.
+
+    Args:
+        channels: C.
+        n_segment: T, the number of frames of a clip.
+    """
+
+    def __init__(self, channels: int, n_segment: int = 8) -> None:
+        super().__init__()
+        self.channels = positive_int("channels", channels)
+        self.n_segment = positive_int("n_segment", n_segment)
+
+    def check(self, x: Tensor) -> None:
+        """Raise a ``ValueError`` unless ``x`` is ``(N*n_segment, channels, H, W)``."""
+        check_frames(x, self.n_segment, self.channels)
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}, n_segment={self.n_segment}"

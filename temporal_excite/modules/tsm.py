@@ -1,0 +1,92 @@
+"""TSM's shift and its learnable form.
+
+Lin, Gan, Han: TSM: Temporal Shift Module for Efficient Video Understanding, ICCV 2019; the learnable form
+is TEA (Li et al., CVPR 2020), appendix A, Eq. 10, and the first step of the released ACTION-Net.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import following, positive_int, previous, temporal_conv, to_clips
+from .base import TemporalModule
+from .registry import register_module
+
+
+class TemporalShift(TemporalModule):
+    """TSM's part shift: with ``fold = C // shift_div``, channels ``[0, fold)`` show the next frame,
+    ``[fold, 2*fold)`` the previous one, the rest the present; zeros at the clip's ends (TEA, Eq. 9).
+
+    Args:
+        channels: C.
+        n_segment: T.
+        shift_div: share of the channels that moves in each direction is ``1 / shift_div``, at least 2.
+    """
+
+    def __init__(self, channels: int, n_segment: int = 8, shift_div: int = 8) -> None:
+        super().__init__(channels, n_segment)
+        self.fold = shift_fold(channels, shift_div)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check(x)
+        clips = to_clips(x, self.n_segment)
+        to_past, to_future, rest = clips.tensor_split((self.fold, 2 * self.fold), dim=2)
+        return torch.cat([following(to_past), previous(to_future), rest], dim=2).flatten(0, 1)
+
+
+class TemporalConv(TemporalModule):
+    """Learnable depthwise temporal convolution, kernel 3, zero padding, no bias.
+
+    ``y[t] = w0 x[t-1] + w1 x[t] + w2 x[t+1]`` per channel, ``weight`` of shape ``(C, 1, 3)``.
+
+    Args:
+        channels: C.
+        n_segment: T.
+        shift_div: as for :class:`TemporalShift`; used by ``init="shift"``.
+        init: ``"shift"`` starts as :class:`TemporalShift`, ``"identity"`` as the identity,
+            ``"random"`` as PyTorch's Conv1d.
+    """
+
+    def __init__(self, channels: int, n_segment: int = 8, shift_div: int = 8, init: str = "shift") -> None:
+        super().__init__(channels, n_segment)
+        if init not in ("shift", "identity", "random"):
+            raise ValueError(f"init must be 'shift', 'identity' or 'random', got {init!r}")
+        self.init = init
+        self.fold = shift_fold(channels, shift_div)
+        self.weight = nn.Parameter(torch.empty(channels, 1, 3))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the start that ``init`` names."""
+        if self.init == "random":
+            nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+            return
+        fold = self.fold if self.init == "shift" else 0
+        with torch.no_grad():
+            self.weight.zero_()
+            self.weight[:fold, 0, 2] = 1
+            self.weight[fold : 2 * fold, 0, 0] = 1
+            self.weight[2 * fold :, 0, 1] = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check(x)
+        return temporal_conv(x, self.weight, self.n_segment)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, init={self.init!r}"
+
+
+def shift_fold(channels: int, shift_div: int) -> int:
+    """Number of channels that move in each direction: ``channels // shift_div``."""
+    if positive_int("shift_div", shift_div) < 2:
+        raise ValueError(f"shift_div must be at least 2 (two groups of C // shift_div move), got {shift_div}")
+    return channels // shift_div
+
+
+def _learnable_shift(
+    channels: int, n_segment: int = 8, shift_div: int = 8, identity_start: bool = False
+) -> TemporalConv:
+    return TemporalConv(channels, n_segment, shift_div, init="identity" if identity_start else "shift")
+
+
+register_module("tsm", TemporalShift)
+register_module("shift", _learnable_shift)

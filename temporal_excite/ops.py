@@ -1,0 +1,59 @@
+"""The tensor functions temporal modules share. Frames come as ``(N*T, C, H, W)``, clip after clip."""
+
+import torch
+from torch import Tensor
+
+
+def positive_int(name: str, value: int) -> int:
+    """``value``, or an error that names it when it is not a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
+
+
+def check_frames(x: Tensor, n_segment: int, channels: int) -> None:
+    """Raise a ``ValueError`` naming the numbers unless ``x`` is ``(N*n_segment, channels, H, W)``."""
+    if x.ndim != 4:
+        raise ValueError(
+            f"expected frames of shape (N*T, C, H, W), got {x.ndim}-D input {tuple(x.shape)}; "
+            "flatten clips (N, T, C, H, W) with x.flatten(0, 1)"
+        )
+    if x.shape[1] != channels:
+        raise ValueError(f"module built for {channels} channels got input {tuple(x.shape)}")
+    if x.shape[0] % n_segment:
+        raise ValueError(
+            f"{x.shape[0]} frames are not a multiple of n_segment={n_segment}: feed whole clips, "
+            f"or call set_n_segment(model, T) for clips of T frames"
+        )
+
+
+def to_clips(x: Tensor, n_segment: int) -> Tensor:
+    """View ``(N*T, ...)`` as ``(N, T, ...)``."""
+    return x.unflatten(0, (-1, n_segment))
+
+
+def previous(clips: Tensor) -> Tensor:
+    """``(N, T, ...)`` moved so that frame t holds frame t-1; the first frame is zero."""
+    return torch.cat([torch.zeros_like(clips[:, :1]), clips[:, :-1]], dim=1)
+
+
+def following(clips: Tensor) -> Tensor:
+    """``(N, T, ...)`` moved so that frame t holds frame t+1; the last frame is zero."""
+    return torch.cat([clips[:, 1:], torch.zeros_like(clips[:, :1])], dim=1)
+
+
+def temporal_conv(x: Tensor, weight: Tensor, n_segment: int) -> Tensor:
+    """Depthwise temporal convolution with kernel 3 and zero padding.
+
+    ``y[t] = w[:, 0] x[t-1] + w[:, 1] x[t] + w[:, 2] x[t+1]`` per channel.
+
+    Args:
+        x: ``(N*T, C, H, W)``.
+        weight: ``(C, 1, 3)``.
+        n_segment: T.
+    """
+    before, now, after = weight.to(x.dtype).view(-1, 3, 1, 1).unbind(1)
+    clips = to_clips(x, n_segment)
+    return (previous(clips) * before + clips * now + following(clips) * after).flatten(0, 1)
