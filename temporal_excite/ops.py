@@ -1,7 +1,28 @@
 """The tensor functions temporal modules share. Frames come as ``(N*T, C, H, W)``, clip after clip."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+_countable = False
+
+
+@contextmanager
+def countable() -> Iterator[None]:
+    """While it lasts, each function here runs as the operators its cost is known by.
+
+    :func:`~temporal_excite.complexity.count` traces a network under it: a temporal convolution written as
+    multiplications and additions would look free to a counter of convolutions. Values are the same.
+    """
+    global _countable
+    before, _countable = _countable, True
+    try:
+        yield
+    finally:
+        _countable = before
 
 
 def positive_int(name: str, value: int) -> int:
@@ -54,6 +75,11 @@ def temporal_conv(x: Tensor, weight: Tensor, n_segment: int) -> Tensor:
         weight: ``(C, 1, 3)``.
         n_segment: T.
     """
-    before, now, after = weight.to(x.dtype).view(-1, 3, 1, 1).unbind(1)
+    weight = weight.to(x.dtype)
+    if _countable:
+        clips = to_clips(x.flatten(2), n_segment).transpose(1, 2)  # (N, C, T, H*W)
+        y = F.conv2d(clips, weight.unsqueeze(-1), padding=(1, 0), groups=x.shape[1])
+        return y.transpose(1, 2).reshape(x.shape)
+    before, now, after = weight.view(-1, 3, 1, 1).unbind(1)
     clips = to_clips(x, n_segment)
     return (previous(clips) * before + clips * now + following(clips) * after).flatten(0, 1)

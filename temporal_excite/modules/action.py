@@ -96,7 +96,7 @@ class CE(Excitation):
             nn.init.zeros_(self.expand.weight)
 
     def gate(self, x: Tensor) -> Tensor:
-        pooled = self.squeeze(x.mean(dim=(2, 3), keepdim=True))
+        pooled = self.squeeze(F.adaptive_avg_pool2d(x, 1))
         clips = to_clips(pooled.flatten(1), self.n_segment).transpose(1, 2)
         mixed = self.act(self.temporal(clips)).transpose(1, 2).reshape(pooled.shape)
         return self.expand(mixed).sigmoid()
@@ -135,8 +135,8 @@ class ME(Excitation):
         """The pooled motion F, ``(N*T, squeezed, 1, 1)``."""
         features = self.norm(self.squeeze(x))
         ahead, now = (to_clips(f, self.n_segment) for f in (self.transform(features), features))
-        motion = (ahead[:, 1:] - now[:, :-1]).mean(dim=(3, 4), keepdim=True)
-        return F.pad(motion, (0, 0, 0, 0, 0, 0, 0, 1)).flatten(0, 1)
+        motion = F.pad(ahead[:, 1:] - now[:, :-1], (0, 0, 0, 0, 0, 0, 0, 1)).flatten(0, 1)
+        return F.adaptive_avg_pool2d(motion, 1)
 
 
 class ActionModule(TemporalModule):
