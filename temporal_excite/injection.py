@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .hosts import PLACEMENTS, Block, find_blocks
-from .modules.registry import module_factory, module_names
+from .modules.base import TemporalModule
+from .modules.registry import module_factory, module_names, network_plan
 from .ops import positive_int
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -43,9 +44,41 @@ class _After(_Hook):
         return layer.temporal(output)  # type: ignore[operator]
 
 
+class _Around(_Hook):
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return layer.temporal(args[0], output)  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class _Replaced:
+    """What stood where a :class:`_Replacement` stands. Not a module: its weights are no parameters of the
+    network meanwhile, and yet a deep copy or a pickle of the network carries them."""
+
+    layer: nn.Module
+    path: str
+    position: str
+    placement: str
+    stage: int | None
+
+
+class _Replacement(nn.Module):
+    """Stands where a layer was; runs its child ``temporal`` and keeps the layer for :func:`eject`."""
+
+    def __init__(self, replaced: _Replaced) -> None:
+        super().__init__()
+        self.replaced = replaced
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.temporal(x)  # type: ignore[operator]
+
+
 @dataclass(frozen=True)
 class Insertion:
-    """One module to put at one anchor of one block (see :class:`~temporal_excite.hosts.Host`)."""
+    """One module to put at one anchor of one block (see :class:`~temporal_excite.hosts.Host`).
+
+    Beside ``pre:`` and ``out:`` an anchor may be ``"around:layer"``: the module is called as
+    ``module(x, layer(x))``, or ``"instead:layer"``: it takes the layer's place until :func:`eject`.
+    """
 
     block: Block
     anchor: str
@@ -60,18 +93,28 @@ class Site:
     block: str
     """Name of the block."""
     layer: str
-    """Name of the layer whose input (``pre``) or output (``out``) the module works on."""
+    """Name of the layer whose input (``pre``) or output (``out``) the module works on, or both
+    (``around``), or which it replaces (``instead``)."""
     position: str
-    """``"pre"`` or ``"out"``."""
+    """``"pre"``, ``"out"``, ``"around"`` or ``"instead"``."""
     placement: str
+    """``"loc1"`` .. ``"loc4"``, or the module's part in a network of several, such as ``"me"``."""
     stage: int | None
     """2 to 5 for res2 to res5, from timm's ``feature_info``; None where unknown."""
     module: nn.Module
+    note: str = ""
+    """What a reader must know of this site: weights that start anew."""
 
     @property
     def channels(self) -> int | None:
-        """Channels of the tensor at the site, where the module tells."""
-        return getattr(self.module, "channels", None)
+        """Channels of the tensor at the site, where the module or its first part tells."""
+        return next((m.channels for m in self.module.modules() if hasattr(m, "channels")), None)  # type: ignore[return-value]
+
+    @property
+    def kind(self) -> str:
+        """Class of the module; of its parts where it is a sequence."""
+        parts = self.module if isinstance(self.module, nn.Sequential) else [self.module]
+        return " + ".join(type(part).__name__ for part in parts)
 
     @property
     def parameters(self) -> int:
@@ -90,7 +133,7 @@ class SiteList(list[Site]):
                 s.placement,
                 f"{s.position}:{s.layer}",
                 "-" if s.stage is None else str(s.stage),
-                type(s.module).__name__,
+                s.kind,
                 "-" if s.channels is None else str(s.channels),
                 f"{s.parameters:,}",
             )
@@ -101,14 +144,18 @@ class SiteList(list[Site]):
             "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in (header, *rows)
         ]
         total = sum(s.parameters for s in self)
-        return "\n".join([*lines, f"{len(self)} sites, {total:,} added parameters"])
+        notes = [
+            f"{', '.join(s.layer for s in self if s.note == note)}: {note}"
+            for note in dict.fromkeys(s.note for s in self if s.note)
+        ]
+        return "\n".join([*lines, *notes, f"{len(self)} sites, {total:,} added parameters"])
 
 
 def inject(
     model: Model,
     module: str | Callable[..., nn.Module] = "action",
     n_segment: int = 8,
-    placement: str = "loc1",
+    placement: str | None = None,
     *,
     stages: Sequence[int] | None = None,
     include: BlockFilter | None = None,
@@ -125,16 +172,17 @@ def inject(
     Args:
         model: a timm model, or any module that holds known blocks.
         module: a registered name (:func:`~temporal_excite.module_names` lists them), or a class or factory
-            called as ``module(channels, n_segment=n_segment, **kwargs)``.
+            called as ``module(channels, n_segment=n_segment, **kwargs)``; or the name of a network that puts
+            several modules at points of its own (:func:`~temporal_excite.network_names`), such as ``"tea"``.
         n_segment: T, the frames of a clip.
-        placement: ``"loc1"`` start of the block, ``"loc2"`` after the first convolution, ``"loc3"`` after the
-            second, ``"loc4"`` before the addition (ACTION-Net, supplement B).
+        placement: ``"loc1"`` (default) start of the block, ``"loc2"`` after the first convolution, ``"loc3"``
+            after the second, ``"loc4"`` before the addition (ACTION-Net, supplement B). Not for networks.
         stages: only blocks of these stages, e.g. ``(2, 3)`` for res2 and res3 (ACTION-Net, Table 4).
         include: only blocks whose name matches, a regular expression (``re.search``) or a callable.
         exclude: no block whose name matches.
         every: every k-th block of a stage, starting with its first. Default: 2 in networks whose ``layer3``
-            holds 23 blocks or more, else 1, as the released TSM and ACTION-Net.
-        **kwargs: for the module.
+            holds 23 blocks or more, else 1, as the released TSM and ACTION-Net; always 1 for networks.
+        **kwargs: for the module or network.
 
     Returns:
         The same model.
@@ -146,21 +194,28 @@ def inject(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    factory = module_factory(module) if isinstance(module, str) else module
-    if not callable(factory):
-        raise TypeError(f"module must be one of {module_names()}, a class or a factory, got {module!r}")
+    plan = network_plan(module) if isinstance(module, str) else None
+    if plan is None:
+        factory = module_factory(module) if isinstance(module, str) else module
+        if not callable(factory):
+            raise TypeError(f"module must be one of {module_names()}, a class or a factory, got {module!r}")
     positive_int("n_segment", n_segment)
-    if placement not in PLACEMENTS:
+    if placement not in (None, *PLACEMENTS):
         raise ValueError(f"unknown placement {placement!r}; known: {', '.join(PLACEMENTS)}")
+    if placement and plan:
+        raise ValueError(f"{module!r} has points of its own: leave placement={placement!r} out")
     if held := sites(model):
         raise RuntimeError(
             f"{type(model).__name__} already holds {len(held)} temporal modules; eject(model) first"
         )
-    insertions = []
-    for block in _select(model, stages, include, exclude, every):
-        anchor = block.anchor(placement)
-        child = factory(block.channels(anchor), n_segment=n_segment, **kwargs)
-        insertions.append(Insertion(block, anchor, placement, child))
+    if plan:
+        insertions = plan(_select(model, stages, include, exclude, every or 1), n_segment, **kwargs)
+    else:
+        insertions = []
+        for block in _select(model, stages, include, exclude, every):
+            anchor = block.anchor(placement or "loc1")
+            child = factory(block.channels(anchor), n_segment=n_segment, **kwargs)
+            insertions.append(Insertion(block, anchor, placement or "loc1", child))
     for insertion in insertions:
         _attach(insertion)
     _forget_compiled()
@@ -176,10 +231,15 @@ def eject(model: Model) -> Model:
     Raises:
         RuntimeError: the model holds none.
     """
-    layers = [layer for _, layer, _ in _hooked(model)]
-    if not layers:
+    held = list(_held(model))
+    if not held:
         raise RuntimeError(f"{type(model).__name__} holds no temporal modules: nothing to eject")
-    for layer in layers:
+    for name, layer, place in held:
+        if isinstance(place, _Replaced):
+            parent, _, child = name.rpartition(".")
+            original = place.layer.train(layer.training)
+            setattr(model.get_submodule(parent), child, _to_like(original, layer))
+            continue
         for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
             for key in [k for k, hook in hooks.items() if isinstance(hook, _Hook)]:
                 del hooks[key]
@@ -191,15 +251,19 @@ def eject(model: Model) -> Model:
 def sites(model: nn.Module) -> SiteList:
     """Where a model's temporal modules are: a list that prints as a table."""
     found = SiteList()
-    for name, layer, hook in _hooked(model):
+    for name, layer, place in _held(model):
+        note = ""
+        if isinstance(place, _Replaced):
+            note = f"replaces {type(place.layer).__name__}; these weights start anew"
         found.append(
             Site(
-                block=name.removesuffix(hook.path).rstrip("."),
+                block=name.removesuffix(place.path).rstrip("."),
                 layer=name,
-                position=hook.position,
-                placement=hook.placement,
-                stage=hook.stage,
+                position=place.position,
+                placement=place.placement,
+                stage=place.stage,
                 module=layer.get_submodule(CHILD),
+                note=note,
             )
         )
     return found
@@ -213,16 +277,19 @@ def set_n_segment(model: Model, n_segment: int) -> Model:
 
     Raises:
         RuntimeError: the model holds no temporal modules.
-        ValueError: ``n_segment`` is below 1.
+        ValueError: ``n_segment`` is below 1, or a module's weights fit its own T alone
+            (:class:`~temporal_excite.TEModule`); no module is changed then.
     """
     positive_int("n_segment", n_segment)
     found = sites(model)
     if not found:
         raise RuntimeError(f"{type(model).__name__} holds no temporal modules; inject(model, ...) first")
-    for site in found:
-        for module in site.module.modules():
-            if hasattr(module, "n_segment"):
-                module.n_segment = n_segment  # type: ignore[assignment]
+    modules = [m for site in found for m in site.module.modules() if hasattr(m, "n_segment")]
+    for module in modules:
+        if isinstance(module, TemporalModule):
+            module.check_n_segment(n_segment)
+    for module in modules:
+        module.n_segment = n_segment  # type: ignore[assignment]
     return model
 
 
@@ -280,20 +347,32 @@ def _attach(insertion: Insertion) -> None:
     block = insertion.block
     path, layer = block.layer(insertion.anchor)
     position = insertion.anchor.partition(":")[0]
-    module = insertion.module.train(block.module.training)
-    like = next(block.module.parameters(), None)
-    if like is not None:
-        module = module.to(like.device, like.dtype)
-    layer.add_module(CHILD, module)
-    if position == "pre":
-        layer.register_forward_pre_hook(_Before(path, position, insertion.placement, block.stage))
+    module = _to_like(insertion.module.train(block.module.training), block.module)
+    place = (path, position, insertion.placement, block.stage)
+    if position == "instead":
+        parent, _, name = path.rpartition(".")
+        holder = _Replacement(_Replaced(layer, *place)).train(block.module.training)
+        setattr(block.module.get_submodule(parent), name, holder)
+        layer = holder
+    elif position == "pre":
+        layer.register_forward_pre_hook(_Before(*place))
     else:
-        layer.register_forward_hook(_After(path, position, insertion.placement, block.stage))
+        layer.register_forward_hook((_After if position == "out" else _Around)(*place))
+    layer.add_module(CHILD, module)
 
 
-def _hooked(model: nn.Module) -> Iterator[tuple[str, nn.Module, _Hook]]:
-    """(name, layer, hook) of every layer that holds a temporal module."""
+def _to_like(module: nn.Module, like: nn.Module) -> nn.Module:
+    """``module`` on the device and in the dtype of ``like``'s parameters, where it has any."""
+    parameter = next(like.parameters(), None)
+    return module if parameter is None else module.to(parameter.device, parameter.dtype)
+
+
+def _held(model: nn.Module) -> Iterator[tuple[str, nn.Module, _Hook | _Replaced]]:
+    """(name, layer, place) of every layer that holds a temporal module."""
     for name, layer in model.named_modules():
+        if isinstance(layer, _Replacement):
+            yield name, layer, layer.replaced
+            continue
         for hook in (*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()):
             if isinstance(hook, _Hook):
                 yield name, layer, hook

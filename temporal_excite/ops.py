@@ -65,6 +65,18 @@ def following(clips: Tensor) -> Tensor:
     return torch.cat([clips[:, 1:], torch.zeros_like(clips[:, :1])], dim=1)
 
 
+def sum_taps(before: Tensor, now: Tensor, after: Tensor, n_segment: int) -> Tensor:
+    """``y[t] = before[t-1] + now[t] + after[t+1]``, zero beyond the clip's ends; all ``(N*T, ...)``.
+
+    With the three taps of a temporal convolution applied frame by frame this is the convolution.
+    """
+    return (
+        previous(to_clips(before, n_segment))
+        + to_clips(now, n_segment)
+        + following(to_clips(after, n_segment))
+    ).flatten(0, 1)
+
+
 def temporal_conv(x: Tensor, weight: Tensor, n_segment: int) -> Tensor:
     """Depthwise temporal convolution with kernel 3 and zero padding.
 

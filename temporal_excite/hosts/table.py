@@ -5,6 +5,8 @@ from .blocks import Host, register_host
 _TABLE = {
     "timm.models.resnet.BasicBlock": Host("pre:conv1", "pre:conv2", "out:bn2", "out:bn2"),
     "timm.models.resnet.Bottleneck": Host("pre:conv1", "pre:conv2", "pre:conv3", "out:bn3"),
+    # one relu, called after every convolution: loc2 is before it
+    "timm.models.res2net.Bottle2neck": Host("pre:conv1", "out:bn1", "pre:conv3", "out:bn3"),
     "timm.models._efficientnet_blocks.InvertedResidual": Host(
         "pre:conv_s2d|conv_pw", "pre:conv_dw", "pre:conv_pwl", "out:bn3", live="has_skip"
     ),

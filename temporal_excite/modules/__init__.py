@@ -1,16 +1,25 @@
 """The temporal modules, one file a paper. They need torch alone."""
 
 from .action import CE, ME, STE, ActionModule
-from .registry import module_names, register_module
+from .registry import module_names, network_names, register_module, register_network
+from .tea import MTA, MotionExcitation, TEABlock
+from .tefe import FEModule, TEModule
 from .tsm import TemporalConv, TemporalShift
 
 __all__ = [
     "CE",
     "ME",
+    "MTA",
     "STE",
     "ActionModule",
+    "FEModule",
+    "MotionExcitation",
+    "TEABlock",
+    "TEModule",
     "TemporalConv",
     "TemporalShift",
     "module_names",
+    "network_names",
     "register_module",
+    "register_network",
 ]

@@ -24,5 +24,8 @@ class TemporalModule(nn.Module):
         """Raise a ``ValueError`` unless ``x`` is ``(N*n_segment, channels, H, W)``."""
         check_frames(x, self.n_segment, self.channels)
 
+    def check_n_segment(self, n_segment: int) -> None:
+        """Raise a ``ValueError`` if the module cannot work on clips of ``n_segment`` frames."""
+
     def extra_repr(self) -> str:
         return f"channels={self.channels}, n_segment={self.n_segment}"

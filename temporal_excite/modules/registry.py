@@ -1,13 +1,19 @@
 """The names that ``inject(model, module=name)`` knows."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
 ModuleFactory = Callable[..., nn.Module]
 """``factory(channels, n_segment=..., **kwargs) -> nn.Module``."""
 
+NetworkPlan = Callable[..., list[Any]]
+"""``plan(blocks, n_segment, **kwargs)`` -> the insertions to make in the chosen blocks
+(:class:`temporal_excite.injection.Insertion`); raises before any module of a block is touched."""
+
 _MODULES: dict[str, ModuleFactory] = {}
+_NETWORKS: dict[str, NetworkPlan] = {}
 
 
 def register_module(name: str, factory: ModuleFactory) -> ModuleFactory:
@@ -16,10 +22,22 @@ def register_module(name: str, factory: ModuleFactory) -> ModuleFactory:
     Raises:
         ValueError: the name is taken.
     """
-    if name in _MODULES:
-        raise ValueError(f"module name {name!r} is taken by {_MODULES[name]!r}")
+    _free(name)
     _MODULES[name] = factory
     return factory
+
+
+def register_network(name: str, plan: NetworkPlan) -> NetworkPlan:
+    """Make ``inject(model, name)`` put modules where ``plan(blocks, n_segment, **kwargs)`` says.
+
+    For networks that need several modules in a block, or different ones in different blocks.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    _free(name)
+    _NETWORKS[name] = plan
+    return plan
 
 
 def module_factory(name: str) -> ModuleFactory:
@@ -29,10 +47,29 @@ def module_factory(name: str) -> ModuleFactory:
         ValueError: no such name; the message lists the known ones.
     """
     if name not in _MODULES:
-        raise ValueError(f"unknown module {name!r}; known: {', '.join(module_names())}")
+        raise ValueError(
+            f"unknown module {name!r}; known modules: {', '.join(module_names())}; "
+            f"networks: {', '.join(network_names())}"
+        )
     return _MODULES[name]
 
 
+def network_plan(name: str) -> NetworkPlan | None:
+    """The plan registered under ``name``, or None."""
+    return _NETWORKS.get(name)
+
+
 def module_names() -> list[str]:
-    """All registered names, sorted."""
+    """All registered names of modules, sorted."""
     return sorted(_MODULES)
+
+
+def network_names() -> list[str]:
+    """All registered names of networks, sorted: ``inject`` takes them like the names of modules."""
+    return sorted(_NETWORKS)
+
+
+def _free(name: str) -> None:
+    for known in (_MODULES, _NETWORKS):
+        if name in known:
+            raise ValueError(f"name {name!r} is taken by {known[name]!r}")

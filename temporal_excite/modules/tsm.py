@@ -5,9 +5,10 @@ is TEA (Li et al., CVPR 2020), appendix A, Eq. 10, and the first step of the rel
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import following, positive_int, previous, temporal_conv, to_clips
+from ..ops import following, positive_int, previous, sum_taps, temporal_conv, to_clips
 from .base import TemporalModule
 from .registry import register_module
 
@@ -34,9 +35,11 @@ class TemporalShift(TemporalModule):
 
 
 class TemporalConv(TemporalModule):
-    """Learnable depthwise temporal convolution, kernel 3, zero padding, no bias.
+    """Learnable temporal convolution, kernel 3, zero padding, no bias.
 
-    ``y[t] = w0 x[t-1] + w1 x[t] + w2 x[t+1]`` per channel, ``weight`` of shape ``(C, 1, 3)``.
+    ``y[t] = w0 x[t-1] + w1 x[t] + w2 x[t+1]``: per channel with ``weight`` of shape ``(C, 1, 3)``, or over
+    all channels with ``weight`` of shape ``(C, C, 3)``. TEA's Table 5 compares ``init="shift"`` (its
+    "Shift"), ``init="random"`` ("CW") and ``init="random", depthwise=False`` ("Conv").
 
     Args:
         channels: C.
@@ -44,15 +47,25 @@ class TemporalConv(TemporalModule):
         shift_div: as for :class:`TemporalShift`; used by ``init="shift"``.
         init: ``"shift"`` starts as :class:`TemporalShift`, ``"identity"`` as the identity,
             ``"random"`` as PyTorch's Conv1d.
+        depthwise: ``False`` lets every output channel see all input channels.
     """
 
-    def __init__(self, channels: int, n_segment: int = 8, shift_div: int = 8, init: str = "shift") -> None:
+    def __init__(
+        self,
+        channels: int,
+        n_segment: int = 8,
+        shift_div: int = 8,
+        init: str = "shift",
+        *,
+        depthwise: bool = True,
+    ) -> None:
         super().__init__(channels, n_segment)
         if init not in ("shift", "identity", "random"):
             raise ValueError(f"init must be 'shift', 'identity' or 'random', got {init!r}")
         self.init = init
+        self.depthwise = depthwise
         self.fold = shift_fold(channels, shift_div)
-        self.weight = nn.Parameter(torch.empty(channels, 1, 3))
+        self.weight = nn.Parameter(torch.empty(channels, 1 if depthwise else channels, 3))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -63,16 +76,23 @@ class TemporalConv(TemporalModule):
         fold = self.fold if self.init == "shift" else 0
         with torch.no_grad():
             self.weight.zero_()
-            self.weight[:fold, 0, 2] = 1
-            self.weight[fold : 2 * fold, 0, 0] = 1
-            self.weight[2 * fold :, 0, 1] = 1
+            # (C, 3): the taps that join a channel with itself
+            own = self.weight[:, 0] if self.depthwise else self.weight.diagonal().T
+            own[:fold, 2] = 1
+            own[fold : 2 * fold, 0] = 1
+            own[2 * fold :, 1] = 1
 
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
-        return temporal_conv(x, self.weight, self.n_segment)
+        if self.depthwise:
+            return temporal_conv(x, self.weight, self.n_segment)
+        # three 1x1 convolutions in one; moving their outputs in time spares copies of the input
+        taps = F.conv2d(x, self.weight.permute(2, 0, 1).flatten(0, 1)[..., None, None])
+        before, now, after = taps.chunk(3, dim=1)
+        return sum_taps(before, now, after, self.n_segment)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, init={self.init!r}"
+        return f"{super().extra_repr()}, init={self.init!r}, depthwise={self.depthwise}"
 
 
 def shift_fold(channels: int, shift_div: int) -> int:

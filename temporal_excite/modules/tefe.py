@@ -1,0 +1,184 @@
+"""TEFE's modules: temporal extraction (TE) and feature enhancement (FE).
+
+Jiang, Zhang: An Improved Action Recognition Network With Temporal Extraction and Feature Enhancement, IEEE
+Access 10, 2022. No code was released; what the text leaves open is said at each class.
+"""
+
+from torch import Tensor, nn
+
+from ..ops import following, positive_int, previous, sum_taps, to_clips
+from .base import TemporalModule
+from .registry import register_module
+
+
+class TEModule(TemporalModule):
+    """Temporal extraction (Eqs. 1-6): a gate from adjacent frames, then a kernel from the whole clip.
+
+    With the spatial mean ``s`` of ``x``, ``(N, C, T)``:
+
+    - short term: ``M = sigmoid(expand * (reduce * s))``, two temporal convolutions of kernel 3 over all
+      channels, C -> C // reduction -> C, and ``x0 = M x`` (Eqs. 2-4);
+    - long term: ``q = softmax(fc2(fc1(s)))``, two linear layers on the T-vector of each channel,
+      T -> 2 T -> 3 (Eq. 5), and ``y[t] = q0 x0[t-1] + q1 x0[t] + q2 x0[t+1]`` per clip and channel, zero
+      beyond the clip's ends (Eq. 6).
+
+    The paper gives neither the width between the linear layers (2 T is that of the like branch in TANet, Liu
+    et al., ICCV 2021) nor any activation or bias; there is none here. ``relu=True`` puts a ReLU between the
+    linear layers, as TANet has, without which the two are one linear map of rank 3.
+
+    Args:
+        channels: C.
+        n_segment: T. The linear layers have this size: it cannot change later.
+        reduction: r of the short-term branch, to ``max(1, C // reduction)`` channels.
+        relu: a ReLU between the two linear layers.
+    """
+
+    def __init__(self, channels: int, n_segment: int = 8, reduction: int = 4, *, relu: bool = False) -> None:
+        super().__init__(channels, n_segment)
+        squeezed = max(1, channels // positive_int("reduction", reduction))
+        self.reduce = nn.Conv1d(channels, squeezed, 3, padding=1, bias=False)
+        self.expand = nn.Conv1d(squeezed, channels, 3, padding=1, bias=False)
+        self.fc1 = nn.Linear(n_segment, 2 * n_segment, bias=False)
+        self.act = nn.ReLU() if relu else nn.Identity()
+        self.fc2 = nn.Linear(2 * n_segment, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check(x)
+        self.check_n_segment(self.n_segment)
+        clips = to_clips(x, self.n_segment)
+        pooled = clips.mean(dim=(3, 4)).transpose(1, 2)  # (N, C, T)
+        gate = self.expand(self.reduce(pooled)).sigmoid()
+        kernel = self.fc2(self.act(self.fc1(pooled))).softmax(dim=-1)  # (N, C, 3)
+        # the kernel on the gated input is a kernel, different for each frame, on the input
+        taps = kernel[..., None, :] * gate[..., None]  # (N, C, T, 3), by the input's frame
+        to_next, stay, to_previous = taps.to(x.dtype).transpose(1, 2)[..., None, None].unbind(3)
+        return (previous(clips * to_next) + clips * stay + following(clips * to_previous)).flatten(0, 1)
+
+    def check_n_segment(self, n_segment: int) -> None:
+        if n_segment != self.fc1.in_features:
+            raise ValueError(
+                f"TEModule cannot work on clips of {n_segment} frames: its linear layers take the "
+                f"{self.fc1.in_features}-vector of frames they were built for. Build it anew: eject(model), "
+                f"then inject(model, ..., n_segment={n_segment})"
+            )
+
+
+class _Conv3x3x3(nn.Module):
+    """A convolution with three taps in time, ``sum_taps(W0 * x, W1 * x, W2 * x)``, from 2D convolutions.
+
+    Its 2D weights are 4-D parameters, so that ``channels_last`` models stay possible. ``center`` is W1 (and
+    the bias), or None where the caller computes ``W1 * x``; ``sides`` holds W0 and W2, starting at zero, as
+    the output channels ``(group, tap, channel)``.
+    """
+
+    def __init__(self, like: nn.Conv2d, *, center: bool, bias: bool) -> None:
+        super().__init__()
+        self.groups = like.groups
+        self.center = _conv_like(like, like.out_channels, bias) if center else None
+        self.sides = _conv_like(like, 2 * like.out_channels, bias=False)
+        nn.init.zeros_(self.sides.weight)
+
+    def forward(self, x: Tensor, n_segment: int, now: Tensor | None = None) -> Tensor:
+        if self.center is not None:
+            now = self.center(x)
+        assert now is not None
+        before, after = self.sides(x).unflatten(1, (self.groups, 2, -1)).unbind(2)
+        return sum_taps(before.flatten(1, 2), now, after.flatten(1, 2), n_segment)
+
+
+def _conv_like(conv: nn.Conv2d, out_channels: int, bias: bool) -> nn.Conv2d:
+    return nn.Conv2d(
+        conv.in_channels,
+        out_channels,
+        kernel_size=conv.kernel_size,  # type: ignore[arg-type]
+        stride=conv.stride,  # type: ignore[arg-type]
+        padding=conv.padding,  # type: ignore[arg-type]
+        dilation=conv.dilation,  # type: ignore[arg-type]
+        groups=conv.groups,
+        bias=bias,
+        padding_mode=conv.padding_mode,
+    )
+
+
+class FEModule(TemporalModule):
+    """Feature enhancement (Eqs. 9-11): ``y = Conv1(x) * Conv2(x)``, the product of two 3x3x3 convolutions,
+    ``(N*T, C, H, W)`` -> ``(N*T, out_channels, H / stride, W / stride)``. Zero padding in time and space.
+
+    Eq. 10's U is the next layer of the host, the bottleneck's last 1x1 convolution. ``conv1`` starts as a 2D
+    convolution in its centre tap and zeros elsewhere, ``conv2`` with zero weights and bias 1: at the start
+    the module computes that 2D convolution.
+
+    :meth:`around` makes the module for a convolution that a network has already: that one stays where it is
+    as Conv1's centre tap, and the module takes its output as second argument.
+
+    Args:
+        channels: C.
+        n_segment: T.
+        out_channels: default C.
+        kernel_size: odd size of the kernels in space.
+        stride: in space.
+        dilation: in space; the padding keeps the size where ``stride`` is 1.
+        groups: of the convolutions.
+        bias: whether ``conv1`` has one.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        n_segment: int = 8,
+        out_channels: int | None = None,
+        kernel_size: int = 3,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
+        bias: bool = False,
+    ) -> None:
+        super().__init__(channels, n_segment)
+        sizes = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation, "groups": groups}
+        for name, value in sizes.items():
+            positive_int(name, value)
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+        out_channels = channels if out_channels is None else positive_int("out_channels", out_channels)
+        padding = dilation * (kernel_size // 2)
+        self._build(
+            nn.Conv2d(channels, out_channels, kernel_size, stride, padding, dilation, groups, bias), own=True
+        )
+
+    @classmethod
+    def around(cls, conv: nn.Conv2d, n_segment: int = 8) -> "FEModule":
+        """The module that makes an FE module of ``conv``: call it as ``module(x, conv(x))``.
+
+        Stride, padding, dilation and groups are those of ``conv``.
+        """
+        module = cls.__new__(cls)
+        TemporalModule.__init__(module, conv.in_channels, n_segment)
+        module._build(conv, own=False)
+        return module
+
+    def _build(self, like: nn.Conv2d, own: bool) -> None:
+        self.conv1 = _Conv3x3x3(like, center=own, bias=like.bias is not None)
+        self.conv2 = _Conv3x3x3(like, center=True, bias=True)
+        center = self.conv2.center
+        assert center is not None and center.bias is not None
+        nn.init.zeros_(center.weight)
+        nn.init.ones_(center.bias)
+
+    def forward(self, x: Tensor, now: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            x: ``(N*T, C, H, W)``.
+            now: what Conv1's centre tap gives, where the module was made by :meth:`around`; else None.
+        """
+        self.check(x)
+        if (now is None) == (self.conv1.center is None):
+            raise TypeError(
+                "FEModule made by around(conv) needs its output: module(x, conv(x))"
+                if now is None
+                else "FEModule has a centre tap of its own: call module(x)"
+            )
+        return self.conv1(x, self.n_segment, now) * self.conv2(x, self.n_segment)
+
+
+register_module("te", TEModule)
