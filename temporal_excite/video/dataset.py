@@ -1,0 +1,160 @@
+"""Videos and their labels as a map-style data set."""
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .annotations import Record
+from .decoding import FrameCountError, VideoError, open_frames
+from .sampling import SegmentSampler
+
+logger = logging.getLogger(__name__)
+_ATTEMPTS = 100
+
+
+class VideoDataset(Dataset[tuple[Tensor, int]]):
+    """Clips of labelled videos, decoded on demand.
+
+    ``dataset[i]`` is ``(clip, label)``. With one view the clip is ``(T, 3, H, W)``; with several (``clips``
+    of the sampler times the crops of the transform) it is ``(views, T, 3, H, W)``, all crops of the first
+    clip first. Without a transform it is uint8, and all clips of a batch must happen to have one size.
+
+    records:    what :func:`read_annotations` returns, or your own :class:`Record` objects.
+    sampler:    a :class:`SegmentSampler`.
+    transform:  called as ``transform(clip, label) -> (clip, label)`` with the uint8 ``(T, 3, H, W)``
+                ``tv_tensors.Video`` of each clip: any composition of torchvision.transforms.v2, or the ready
+                :func:`train_transform` and :func:`test_transform`. A transform that takes several crops adds
+                a leading dimension.
+    pattern:    names of the pictures in frame folders; found by itself when the folder holds one kind.
+    on_error:   ``"raise"`` stops at a broken, empty or missing video with a :class:`VideoError` that names
+    it.
+                ``"skip"`` logs it (a warning of the logger ``temporal_excite.video.dataset``), counts it in
+                ``errors`` and gives another record in its place, drawn from (seed, epoch, i), so a run that
+                meets it can be repeated. Meant for training: when evaluating, leave out the indices in
+                ``broken``.
+    labels:     the class names, ``labels[record.label]``; every record's label must then be in range.
+    seed:       all random choices of item i, its frames and its augmentation, depend on ``(seed, epoch, i)``
+                and on nothing else: not on the number of workers, nor on what was read before. Call
+                ``set_epoch`` before each epoch; it reaches workers that are already running.
+
+    Raises ``ValueError`` for no records, an unknown ``on_error``, and a label out of range (naming the
+    record).
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        sampler: SegmentSampler,
+        transform: Callable[..., Any] | None = None,
+        *,
+        pattern: str | None = None,
+        on_error: str = "raise",
+        labels: Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not records:
+            raise ValueError("no records: the annotation file is empty or names no videos of this split")
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
+        for record in records:
+            if labels is not None and not 0 <= record.label < len(labels):
+                raise ValueError(f"{record.path}: label {record.label} is not in 0 .. {len(labels) - 1}")
+        self.records = list(records)
+        self.sampler = sampler
+        self.transform = transform
+        self.pattern = pattern
+        self.on_error = on_error
+        self.labels = None if labels is None else list(labels)
+        self.seed = seed
+        # shared memory, so that worker processes see the epoch and this process sees their errors
+        self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
+        self._broken = torch.zeros(len(self.records), dtype=torch.bool).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw other frames and augmentations from now on, also in running workers."""
+        self._epoch.fill_(epoch)
+
+    @property
+    def broken(self) -> list[int]:
+        """The indices of the records found unreadable so far, by this process and by its workers."""
+        return self._broken.nonzero().flatten().tolist()
+
+    @property
+    def errors(self) -> int:
+        """How many records were found unreadable so far, by this process and by its workers."""
+        return int(self._broken.sum())
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} of a data set of {len(self)} videos")
+        index %= len(self)
+        state = np.random.SeedSequence((self.seed, self.epoch, index))
+        if self.on_error == "raise":
+            return self._load(index, state)
+        substitutes = np.random.default_rng(state.spawn(1)[0])
+        candidate = index
+        for _ in range(_ATTEMPTS):
+            try:
+                return self._load(candidate, state)
+            except VideoError as error:
+                if not self._broken[candidate]:
+                    logger.warning("skipped: %s", error)
+                    self._broken[candidate] = True
+            candidate = int(substitutes.integers(len(self)))
+        raise RuntimeError(
+            f"no readable video in {_ATTEMPTS} tries for item {index} ({self.records[index].path}); "
+            f"{self.errors} of {len(self)} are known to be unreadable: check the data folder"
+        )
+
+    def _load(self, index: int, state: np.random.SeedSequence) -> tuple[Tensor, int]:
+        record = self.records[index]
+        seed = int(state.generate_state(1, np.uint64)[0] >> np.uint64(1))
+        clips = self._read(record, seed)
+        label: Any = record.label
+        if self.transform is None:
+            return (clips[0] if len(clips) == 1 else clips), label
+        from torchvision import tv_tensors
+
+        views = []
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # the transforms of torchvision draw from torch's global generator
+            torch.manual_seed(seed)
+            for clip in clips:
+                view, label = self.transform(tv_tensors.Video(clip), record.label)
+                views.append(view.as_subclass(Tensor))
+        stacked = torch.stack(views) if views[0].ndim == 4 else torch.cat(views)
+        return (stacked[0] if len(stacked) == 1 else stacked).contiguous(), int(label)
+
+    def _read(self, record: Record, seed: int) -> Tensor:
+        """uint8 ``(clips, T, 3, H, W)``."""
+        with open_frames(record.path, self.pattern) as frames:
+            length = len(frames)
+            while True:
+                count = length - record.start if record.num_frames is None else record.num_frames
+                if count < 1 or record.start + count > length:
+                    raise VideoError(
+                        Path(record.path),
+                        f"has {length} frames, the record takes {max(count, 1)} from {record.start} on",
+                    )
+                indices = self.sampler(count, torch.Generator().manual_seed(seed)) + record.start
+                try:
+                    pictures = frames.read(indices.flatten().tolist())
+                except FrameCountError as error:
+                    length = error.num_frames  # some packets hold no picture: sample from those that do
+                    logger.info("%s", error)
+                    continue
+                return pictures.unflatten(0, tuple(indices.shape))

@@ -1,0 +1,300 @@
+"""Frames of one video, from a folder of pictures or from a video file, only the asked-for ones decoded."""
+
+import bisect
+import re
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+VIDEOS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv")
+_NUMBERED = re.compile(r"(.*?)(\d+)(\.\w+)")
+
+
+class VideoError(RuntimeError):
+    """A video that cannot be read; the message starts with its path."""
+
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(f"{path}: {problem}")
+        self.path = path
+        self.problem = problem
+
+    def __reduce__(self) -> tuple[Any, ...]:  # the error crosses process borders
+        return type(self), (self.path, self.problem)
+
+
+class FrameCountError(VideoError):
+    """A sound video with fewer frames than its container announced: ``num_frames`` of them."""
+
+    def __init__(self, path: Path, announced: int, num_frames: int) -> None:
+        super().__init__(path, f"holds {num_frames} frames where its container announces {announced}")
+        self.announced = announced
+        self.num_frames = num_frames
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path, self.announced, self.num_frames)
+
+
+class _Inexact(Exception):
+    """Time stamps that do not tell which frame is which."""
+
+
+def open_frames(path: str | Path, pattern: str | None = None) -> "FrameFolder | VideoFile":
+    """The frames of a folder of numbered pictures, or of a video file.
+
+    Both give ``len(frames)`` and ``frames.read(indices) -> uint8 (len(indices), 3, H, W)``, RGB, for 0-based
+    indices in any order, and are context managers. ``pattern`` (folders only): see :class:`FrameFolder`.
+
+    Raises :class:`VideoError`, naming the path, for a missing, empty or unreadable video.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return FrameFolder(path, pattern)
+    if not path.exists():
+        raise VideoError(path, "no such file or folder")
+    return VideoFile(path)
+
+
+def read_frames(path: str | Path, indices: Sequence[int], pattern: str | None = None) -> Tensor:
+    """The frames ``indices`` of one video: :func:`open_frames`, read, close."""
+    with open_frames(path, pattern) as frames:
+        return frames.read(indices)
+
+
+def _check(path: Path, indices: Iterable[int], length: int) -> list[int]:
+    checked = [int(i) for i in indices]
+    wrong = [i for i in checked if not 0 <= i < length]
+    if wrong:
+        raise IndexError(f"{path}: frame {wrong[0]} asked for, the video has frames 0 .. {length - 1}")
+    return checked
+
+
+def _stack(path: Path, pictures: list[np.ndarray]) -> Tensor:
+    """(H, W, 3) pictures as one (n, 3, H, W) tensor, in channels_last memory, fastest to resize."""
+    sizes = {picture.shape[:2] for picture in pictures}
+    if len(sizes) > 1:
+        raise VideoError(path, f"frames of different sizes (height, width): {sorted(sizes)}")
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+
+
+class FrameFolder:
+    """A folder of numbered pictures.
+
+    ``pattern`` names the files, ``"img_{:05d}.jpg"``; numbering may start anywhere (0 and 1 are usual).
+    ``None`` finds it: the pictures of the folder must then all have one prefix and one ending.
+    The numbers must leave no gap.
+    """
+
+    def __init__(self, path: str | Path, pattern: str | None = None) -> None:
+        self.path = Path(path)
+        names = sorted(entry.name for entry in self.path.iterdir())
+        groups: dict[tuple[str, str], list[tuple[int, str]]] = {}
+        for name in names:
+            match = _NUMBERED.fullmatch(name)
+            if match and match[3].lower() in PICTURES:
+                if pattern is not None and pattern.format(int(match[2])) != name:
+                    continue
+                groups.setdefault((match[1], match[3]), []).append((int(match[2]), name))
+        if not groups:
+            wanted = f"pictures named {pattern!r}" if pattern else "numbered pictures"
+            raise VideoError(self.path, f"holds no {wanted} ({len(names)} other files)")
+        if len(groups) > 1:
+            kinds = ", ".join(f"{prefix}*{suffix} ({len(g)})" for (prefix, suffix), g in groups.items())
+            raise VideoError(
+                self.path, f'holds several kinds of pictures, {kinds}: say pattern="img_{{:05d}}.jpg"'
+            )
+        numbered = sorted(next(iter(groups.values())))
+        numbers = [number for number, _ in numbered]
+        gap = next((a + 1 for a, b in pairwise(numbers) if b != a + 1), None)
+        if gap is not None:
+            raise VideoError(
+                self.path,
+                f"picture number {gap} is missing or doubled ({len(numbers)} pictures, "
+                f"numbers {numbers[0]} to {numbers[-1]})",
+            )
+        self.names = [name for _, name in numbered]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __enter__(self) -> "FrameFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        from PIL import Image, UnidentifiedImageError
+
+        indices = _check(self.path, indices, len(self))
+        pictures = {}
+        for i in set(indices):
+            file = self.path / self.names[i]
+            try:
+                with Image.open(file) as image:
+                    pictures[i] = np.asarray(image.convert("RGB"))
+            except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+                raise VideoError(file, f"not a readable picture: {error}") from error
+        return _stack(self.path, [pictures[i] for i in indices])
+
+
+class VideoFile:
+    """A video file, read with PyAV (its wheels bring FFmpeg).
+
+    Opening reads the packets without decoding them: their time stamps, sorted, tell which frame is number i
+    and which key frame comes before it. :meth:`read` seeks to that key frame and decodes from there; frames
+    in between that nothing refers to (non-reference B-frames) are left out. Frame i is the i-th frame that
+    decoding the whole file gives. Where time stamps cannot tell (AVI with B-frames, missing or doubled
+    stamps, a stream that starts inside a group of pictures) the file is decoded in order up to the last frame
+    asked for.
+
+    Turned pictures (phones) are turned upright, by multiples of 90 degrees.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        import av
+
+        self.path = Path(path)
+        self._av = av
+        try:
+            self._container = av.open(str(path))
+        except (av.FFmpegError, OSError, ValueError) as error:
+            raise VideoError(self.path, f"not a readable video: {error}") from error
+        try:
+            self._scan()
+        except BaseException:
+            self._container.close()
+            raise
+
+    def _scan(self) -> None:
+        streams = self._container.streams.video
+        if not streams:
+            raise VideoError(self.path, "holds no video stream")
+        self._stream = streams[0]
+        # one thread: no delay after a seek, and data loaders already run one process a core
+        self._stream.codec_context.thread_type = "NONE"
+        self._stream.codec_context.thread_count = 1
+        packets = []
+        try:
+            for packet in self._container.demux(self._stream):
+                if packet.size and not packet.is_discard:
+                    packets.append((packet.pts, packet.dts, packet.is_keyframe))
+        except self._av.FFmpegError as error:
+            raise VideoError(self.path, f"broken after {len(packets)} frames: {error}") from error
+        if not packets:
+            raise VideoError(self.path, "holds no frames")
+        self._announced = len(packets)
+        self._times: list[int] | None = None
+        self._keys: list[tuple[int, int]] = []
+        keys = [(pts, dts) for pts, dts, key in packets if key]
+        times = [pts for pts, _, _ in packets if pts is not None]
+        exact = (
+            "avi" not in self._container.format.name
+            and len(set(times)) == len(packets)
+            and all(pts is not None and dts is not None for pts, dts in keys)
+            and bool(keys)
+            and keys[0][0] == min(times)
+        )
+        if exact:
+            self._times = sorted(times)
+            self._keys = sorted(keys)
+
+    def __len__(self) -> int:
+        return self._announced
+
+    def __enter__(self) -> "VideoFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._container.close()
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """The frames ``indices`` (any order, repeats allowed) as uint8 ``(n, 3, H, W)``.
+
+        Raises :class:`VideoError` for a frame that cannot be decoded and :class:`FrameCountError` when the
+        stream ends, soundly, before the last of them.
+        """
+        indices = _check(self.path, indices, len(self))
+        wanted = sorted(set(indices))
+        try:
+            try:
+                pictures = self._seek_and_read(wanted)
+            except _Inexact:
+                pictures = self._read_in_order(wanted)
+        except self._av.FFmpegError as error:
+            raise VideoError(self.path, f"cannot be decoded: {error}") from error
+        return _stack(self.path, [pictures[i] for i in indices])
+
+    def _seek_and_read(self, wanted: list[int]) -> dict[int, np.ndarray]:
+        if self._times is None:
+            raise _Inexact
+        groups: dict[int, dict[int, int]] = {}  # key frame -> {time stamp: frame index}
+        for i in wanted:
+            time = self._times[i]
+            key = bisect.bisect_right(self._keys, time, key=lambda k: k[0]) - 1
+            groups.setdefault(key, {})[time] = i
+        pictures: dict[int, np.ndarray] = {}
+        for key, targets in groups.items():
+            pictures.update(self._read_group(self._keys[key], targets))
+        return pictures
+
+    def _read_group(self, key: tuple[int, int], targets: dict[int, int]) -> dict[int, np.ndarray]:
+        """The frames at the time stamps ``targets``, between the key frame ``key`` and the next one."""
+        key_pts, key_dts = key
+        self._container.seek(key_dts, stream=self._stream)
+        context = self._stream.codec_context
+        pictures: dict[int, np.ndarray] = {}
+        started = False
+        try:
+            for packet in self._container.demux(self._stream):
+                if not started:
+                    started = packet.pts == key_pts and packet.is_keyframe
+                    if not started:
+                        continue
+                context.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in targets else "NONREF"
+                for frame in packet.decode():
+                    if frame.pts in targets:
+                        if frame.is_corrupt:  # the key frame was no clean start
+                            raise _Inexact
+                        pictures[targets[frame.pts]] = _rgb(frame)
+                if len(pictures) == len(targets):
+                    return pictures
+        finally:
+            context.skip_frame = "DEFAULT"
+        raise _Inexact
+
+    def _read_in_order(self, wanted: list[int]) -> dict[int, np.ndarray]:
+        pictures: dict[int, np.ndarray] = {}
+        targets = set(wanted)
+        count = 0
+        with self._av.open(str(self.path)) as container:
+            stream = container.streams.video[0]
+            stream.codec_context.thread_type = "NONE"
+            for frame in container.decode(stream):
+                if count in targets:
+                    if frame.is_corrupt:
+                        raise VideoError(self.path, f"frame {count} is corrupt")
+                    pictures[count] = _rgb(frame)
+                    if len(pictures) == len(targets):
+                        return pictures
+                count += 1
+        if not count:
+            raise VideoError(self.path, "holds no decodable frame")
+        raise FrameCountError(self.path, self._announced, count)
+
+
+def _rgb(frame: Any) -> np.ndarray:
+    picture = frame.to_ndarray(format="rgb24")
+    turns = round(frame.rotation / 90) % 4
+    return np.rot90(picture, turns) if turns else picture
