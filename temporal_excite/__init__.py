@@ -1,6 +1,7 @@
 """Temporal modules for image models: see the README."""
 
 from . import networks as networks  # fills the registry
+from .classifier import VideoClassifier
 from .injection import eject, inject, set_n_segment, sites
 from .modules import (
     CE,
@@ -19,6 +20,12 @@ from .modules import (
     register_network,
 )
 
+try:
+    from . import models as models  # registers them with timm
+except ModuleNotFoundError as error:  # the modules work without timm
+    if (error.name or "").partition(".")[0] != "timm":
+        raise
+
 __all__ = [
     "CE",
     "ME",
@@ -30,6 +37,7 @@ __all__ = [
     "TEModule",
     "TemporalConv",
     "TemporalShift",
+    "VideoClassifier",
     "eject",
     "inject",
     "module_names",

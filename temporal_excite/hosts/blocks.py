@@ -92,10 +92,10 @@ class Block:
         names = (
             ("in_channels", "num_features") if anchor.startswith("pre:") else ("out_channels", "num_features")
         )
-        modules = list(layer.modules())
+        inside = list(layer.modules())[1:]
         if anchor.startswith("out:"):
-            modules.reverse()
-        for module in modules:
+            inside.reverse()
+        for module in (layer, *inside):  # what the layer says of itself goes first
             for name in names:
                 if isinstance(found := getattr(module, name, None), int):
                     return found
