@@ -1,6 +1,5 @@
 """Temporal modules for image models: see the README."""
 
-from . import networks as networks  # fills the registry
 from .classifier import VideoClassifier
 from .injection import eject, inject, set_n_segment, sites
 from .modules import (
@@ -22,6 +21,7 @@ from .modules import (
 
 try:
     from . import models as models  # registers them with timm
+    from . import networks as networks  # fills the registry
 except ModuleNotFoundError as error:  # the modules work without timm
     if (error.name or "").partition(".")[0] != "timm":
         raise
