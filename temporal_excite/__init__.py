@@ -1,6 +1,7 @@
 """Temporal modules for image models: see the README."""
 
 from .classifier import VideoClassifier
+from .complexity import Complexity, count, efficiency
 from .injection import eject, inject, set_n_segment, sites
 from .modules import (
     CE,
@@ -32,12 +33,15 @@ __all__ = [
     "MTA",
     "STE",
     "ActionModule",
+    "Complexity",
     "FEModule",
     "TEABlock",
     "TEModule",
     "TemporalConv",
     "TemporalShift",
     "VideoClassifier",
+    "count",
+    "efficiency",
     "eject",
     "inject",
     "module_names",

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ._text import columns
 from .hosts import PLACEMENTS, Block, find_blocks
 from .modules.base import TemporalModule
 from .modules.registry import module_factory, module_names, network_plan
@@ -127,22 +128,21 @@ class SiteList(list[Site]):
 
     def __str__(self) -> str:
         header = ("block", "placement", "layer", "stage", "module", "channels", "parameters")
-        rows = [
-            (
-                s.block,
-                s.placement,
-                f"{s.position}:{s.layer}",
-                "-" if s.stage is None else str(s.stage),
-                s.kind,
-                "-" if s.channels is None else str(s.channels),
-                f"{s.parameters:,}",
-            )
-            for s in self
-        ]
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in (header, *rows)
-        ]
+        lines = columns(
+            header,
+            [
+                (
+                    s.block,
+                    s.placement,
+                    f"{s.position}:{s.layer}",
+                    s.stage,
+                    s.kind,
+                    s.channels,
+                    f"{s.parameters:,}",
+                )
+                for s in self
+            ],
+        )
         total = sum(s.parameters for s in self)
         notes = [
             f"{', '.join(s.layer for s in self if s.note == note)}: {note}"
