@@ -1,5 +1,6 @@
 """Temporal modules for image models: see the README."""
 
+from .checkpoints import load_released
 from .classifier import VideoClassifier
 from .complexity import Complexity, count, efficiency
 from .injection import eject, inject, set_n_segment, sites
@@ -44,6 +45,7 @@ __all__ = [
     "efficiency",
     "eject",
     "inject",
+    "load_released",
     "module_names",
     "network_names",
     "register_module",
