@@ -24,7 +24,7 @@ class ModuleLayout:
     """Where released networks keep the layers of one of our modules.
 
     Args:
-        names: layer of our module -> layer of the released one.
+        names: layer of our module ("" the module itself) -> layer of the released one.
         at: name of the released module; ``{layer}`` is the layer it precedes or follows, ``{block}`` its
             block.
         wraps: the released module holds the layer it precedes as its child ``net``.
@@ -39,7 +39,8 @@ class ModuleLayout:
     requires: Mapping[str, object] = field(default_factory=dict)
 
 
-_LAYOUTS: dict[type[nn.Module], ModuleLayout] = {
+# by class, or by Site.placement for a part of a network that puts several modules into a block ("me")
+_LAYOUTS: dict[type[nn.Module] | str, ModuleLayout] = {
     TemporalShift: ModuleLayout(),
     ActionModule: ModuleLayout(
         {
@@ -212,24 +213,22 @@ def _expected_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
     for site in sites(model):
         layout = _LAYOUTS.get(site.placement) or _LAYOUTS.get(type(site.module))
         if layout is None:
-            raise ValueError(
-                f"no released layout for {type(site.module).__name__} at {site.layer}; known: "
-                f"{', '.join(sorted(cls.__name__ for cls in _LAYOUTS))}"
-            )
+            known = sorted(key if isinstance(key, str) else key.__name__ for key in _LAYOUTS)
+            raise ValueError(f"no released layout for {site.kind} at {site.layer}; known: {', '.join(known)}")
         for name, value in layout.requires.items():
             if (found := getattr(site.module, name)) != value:
                 raise ValueError(
-                    f"{type(site.module).__name__} at {site.layer} has {name}={found}; the released networks "
+                    f"{site.kind} at {site.layer} has {name}={found}; the released networks "
                     f"compute the form with {name}={value}"
                 )
         if site.placement != layout.placement:
             raise ValueError(
-                f"{type(site.module).__name__} is at {site.placement} of {site.block}, "
+                f"{site.kind} is at {site.placement} of {site.block}, "
                 f"the released networks have it at {layout.placement}"
             )
         hosts |= network.hosts(site, layout)
         for ours, theirs in layout.names.items():
-            inside[f"{site.layer}.{CHILD}.{ours}"] = f"{network.module(site, layout)}.{theirs}"
+            inside[f"{site.layer}.{CHILD}.{ours}".rstrip(".")] = f"{network.module(site, layout)}.{theirs}"
     expected = {}
     for key in model.state_dict():
         layer, _, tensor = key.rpartition(".")
@@ -321,5 +320,5 @@ def _complaint(
 
 
 def _count(held: list[Site]) -> str:
-    names = sorted({type(site.module).__name__ for site in held})
+    names = sorted({site.kind for site in held})
     return f"{len(held)} {', '.join(names)}" if held else "no temporal modules"
