@@ -3,6 +3,7 @@
 from .checkpoints import load_released
 from .classifier import VideoClassifier
 from .complexity import Complexity, count, efficiency
+from .hosts import register_host
 from .injection import eject, inject, set_n_segment, sites
 from .modules import (
     CE,
@@ -48,6 +49,7 @@ __all__ = [
     "load_released",
     "module_names",
     "network_names",
+    "register_host",
     "register_module",
     "register_network",
     "set_n_segment",

@@ -4,10 +4,11 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ._text import columns
 from .hosts import PLACEMENTS, Block, find_blocks
@@ -33,16 +34,47 @@ class _Hook:
     position: str
     placement: str
     stage: int | None
+    nhwc: bool = False
+
+    def run(self, layer: nn.Module, x: Tensor) -> Tensor:
+        if self.nhwc:
+            return layer.temporal(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # type: ignore[operator]
+        return layer.temporal(x)  # type: ignore[operator]
 
 
 class _Before(_Hook):
     def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (layer.temporal(args[0]), *args[1:])  # type: ignore[operator]
+        return (self.run(layer, args[0]), *args[1:])
 
 
 class _After(_Hook):
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return layer.temporal(output)  # type: ignore[operator]
+        return self.run(layer, output)
+
+
+@dataclass(frozen=True)
+class _Watch:
+    """Runs before a block whose module follows a batch norm: conversions of batch norms (to SyncBatchNorm, to
+    a frozen one) make a new layer and drop the old one's hooks."""
+
+    path: str  # of the batch norm below its block
+
+    def __call__(self, block: nn.Module, args: tuple[Any, ...]) -> None:
+        layer = block.get_submodule(self.path)
+        if not any(isinstance(hook, _Hook) for hook in _hooks(layer)):
+            raise RuntimeError(
+                f"{type(layer).__name__} took the place of the batch norm {self.path!r} in "
+                f"{type(block).__name__}, and the temporal module on it no longer runs: "
+                "convert the batch norms first, inject then"
+            )
+
+
+def _refuse_fuse(*_: Any, **__: Any) -> nn.Module:
+    """Stands for the ``fuse`` of layers that hold a temporal module, or hold one deeper inside."""
+    raise RuntimeError(
+        "re-parameterisation would replace a layer that holds a temporal module and lose the module: "
+        "re-parameterise first and inject then, or eject(model) before"
+    )
 
 
 class _Around(_Hook):
@@ -151,6 +183,27 @@ class SiteList(list[Site]):
         return "\n".join([*lines, *notes, f"{len(self)} sites, {total:,} added parameters"])
 
 
+@dataclass(frozen=True)
+class Skipped:
+    """A known block without a temporal module."""
+
+    block: str
+    kind: str
+    """Name of the block's class."""
+    stage: int | None
+    reason: str
+
+
+class SkippedList(list[Skipped]):
+    """A list of skipped blocks that prints as a table."""
+
+    def __str__(self) -> str:
+        lines = columns(
+            ("block", "class", "stage", "reason"), [(s.block, s.kind, s.stage, s.reason) for s in self]
+        )
+        return "\n".join([*lines, f"{len(self)} blocks skipped"])
+
+
 def inject(
     model: Model,
     module: str | Callable[..., nn.Module] = "action",
@@ -214,10 +267,11 @@ def inject(
         insertions = []
         for block in _select(model, stages, include, exclude, every):
             anchor = block.anchor(placement or "loc1")
+            _check_place(block, anchor)
             child = factory(block.channels(anchor), n_segment=n_segment, **kwargs)
             insertions.append(Insertion(block, anchor, placement or "loc1", child))
     for insertion in insertions:
-        _attach(insertion)
+        _attach(model, insertion)
     _forget_compiled()
     return model
 
@@ -234,22 +288,37 @@ def eject(model: Model) -> Model:
     held = list(_held(model))
     if not held:
         raise RuntimeError(f"{type(model).__name__} holds no temporal modules: nothing to eject")
+    children = {id(getattr(layer, CHILD)) for _, layer, _ in held}
     for name, layer, place in held:
         if isinstance(place, _Replaced):
             parent, _, child = name.rpartition(".")
             original = place.layer.train(layer.training)
             setattr(model.get_submodule(parent), child, _to_like(original, layer))
-            continue
-        for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
-            for key in [k for k, hook in hooks.items() if isinstance(hook, _Hook)]:
+    for module in list(model.modules()):
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [k for k, hook in hooks.items() if isinstance(hook, _Hook | _Watch)]:
                 del hooks[key]
-        delattr(layer, CHILD)
+        if id(getattr(module, CHILD, None)) in children:
+            delattr(module, CHILD)
+        if module.__dict__.get("fuse") is _refuse_fuse:
+            del module.fuse
     _forget_compiled()
     return model
 
 
-def sites(model: nn.Module) -> SiteList:
-    """Where a model's temporal modules are: a list that prints as a table."""
+@overload
+def sites(model: nn.Module, skipped: Literal[False] = False) -> SiteList: ...
+@overload
+def sites(model: nn.Module, skipped: Literal[True]) -> SkippedList: ...
+def sites(model: nn.Module, skipped: bool = False) -> SiteList | SkippedList:
+    """Where a model's temporal modules are: a list that prints as a table.
+
+    Args:
+        model: the model.
+        skipped: list the blocks without a module instead, each with the reason.
+    """
+    if skipped:
+        return _skipped(model)
     found = SiteList()
     for name, layer, place in _held(model):
         note = ""
@@ -262,7 +331,7 @@ def sites(model: nn.Module) -> SiteList:
                 position=place.position,
                 placement=place.placement,
                 stage=place.stage,
-                module=layer.get_submodule(CHILD),
+                module=getattr(layer, CHILD),
                 note=note,
             )
         )
@@ -306,6 +375,7 @@ def _select(
     known = find_blocks(model)
     if not known:
         raise ValueError(f"no site in {type(model).__name__}: none of its modules is of a known block class")
+    any_live = any(block.live for block in known)
     if stages is not None:
         present = sorted({b.stage for b in known if b.stage is not None})
         if unknown := sorted(set(stages) - set(present)):
@@ -317,7 +387,10 @@ def _select(
         parent = block.name.rpartition(".")[0]
         index = counts[parent] = counts.get(parent, -1) + 1
         step = every or _released_step(model, block.name)
-        if index % step or not block.live or not _matches(block.name, include, exclude):
+        # A network without any shortcut has its blocks' starts all the same
+        if index % step or block.on_tokens or (any_live and not block.live):
+            continue
+        if not _matches(block.name, include, exclude):
             continue
         chosen.append(block)
     if not chosen:
@@ -343,7 +416,33 @@ def _matches(name: str, include: BlockFilter | None, exclude: BlockFilter | None
     return (include is None or hit(include)) and (exclude is None or not hit(exclude))
 
 
-def _attach(insertion: Insertion) -> None:
+def _skipped(model: nn.Module) -> SkippedList:
+    """The known blocks without a module, each with the reason."""
+    taken = {site.block for site in sites(model)}
+    known = find_blocks(model)
+    any_live = any(block.live for block in known)
+    found = SkippedList()
+    for block in known:
+        if block.name in taken:
+            continue
+        if block.on_tokens:
+            reason = "works on tokens (B, N, C), not on feature maps"
+        elif any_live and not block.live:
+            reason = "has no shortcut"
+        else:
+            reason = "left out by every, stages, include or exclude" if taken else "nothing injected"
+        found.append(Skipped(block.name, type(block.module).__name__, block.stage, reason))
+    return found
+
+
+def _check_place(block: Block, anchor: str) -> None:
+    """Raise unless a module can hang at an anchor."""
+    _, holder = block.holder(block.layer(anchor)[0])
+    if hasattr(holder, CHILD):
+        raise ValueError(f"{type(holder).__name__} in {block.name} has an attribute {CHILD!r} of its own")
+
+
+def _attach(model: nn.Module, insertion: Insertion) -> None:
     block = insertion.block
     path, layer = block.layer(insertion.anchor)
     position = insertion.anchor.partition(":")[0]
@@ -351,14 +450,29 @@ def _attach(insertion: Insertion) -> None:
     place = (path, position, insertion.placement, block.stage)
     if position == "instead":
         parent, _, name = path.rpartition(".")
-        holder = _Replacement(_Replaced(layer, *place)).train(block.module.training)
-        setattr(block.module.get_submodule(parent), name, holder)
-        layer = holder
+        layer = _Replacement(_Replaced(layer, *place)).train(block.module.training)
+        setattr(block.module.get_submodule(parent), name, layer)
     elif position == "pre":
-        layer.register_forward_pre_hook(_Before(*place))
+        layer.register_forward_pre_hook(_Before(*place, block.host.nhwc))
     else:
-        layer.register_forward_hook((_After if position == "out" else _Around)(*place))
-    layer.add_module(CHILD, module)
+        layer.register_forward_hook((_After if position == "out" else _Around)(*place, block.host.nhwc))
+    _, holder = block.holder(path)
+    holder.add_module(CHILD, module)
+    if holder is not layer:
+        # No child of this layer, yet its attribute: copies and pickles of the network keep the two the same
+        layer.__dict__[CHILD] = module
+    if isinstance(layer, _BatchNorm) and path:
+        block.module.register_forward_pre_hook(_Watch(path))
+    below = model
+    for part in filter(None, f"{block.name}.{path}".split(".")):
+        below = getattr(below, part)
+        if hasattr(below, "fuse"):
+            below.__dict__["fuse"] = _refuse_fuse
+
+
+def _hooks(layer: nn.Module) -> Iterator[Callable[..., Any]]:
+    yield from layer._forward_pre_hooks.values()
+    yield from layer._forward_hooks.values()
 
 
 def _to_like(module: nn.Module, like: nn.Module) -> nn.Module:
@@ -373,7 +487,7 @@ def _held(model: nn.Module) -> Iterator[tuple[str, nn.Module, _Hook | _Replaced]
         if isinstance(layer, _Replacement):
             yield name, layer, layer.replaced
             continue
-        for hook in (*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()):
+        for hook in _hooks(layer):
             if isinstance(hook, _Hook):
                 yield name, layer, hook
 

@@ -1,20 +1,152 @@
-"""The known block classes: one line each, ``class: loc1, loc2, loc3, loc4``. See :class:`~.blocks.Host`."""
+"""The known block classes: one line each, ``class: loc1, loc2, loc3, loc4``. See :class:`~.blocks.Host`.
 
-from .blocks import Host, register_host
+Classes are named, not imported: neither timm nor torchvision is loaded by this table.
+"""
+
+# ruff: noqa: E501  (one line a class)
+# fmt: off
+from .blocks import _HOSTS, Host
+
+# No layer starts the residual alone: it has parallel branches from the block's input.
+_WHOLE = "parallel branches: the module works on the block's whole input, so the shortcut (identity branch) sees its output too"
+_DENSE = "dense: the earlier features stay in the concatenation, nothing is added; every block is a site"
+_MULTI = "inception: the input of all branches; every block is a site"
+_TWO = "two residuals in a row: the module sits in the first"
+_LAST = "several residuals in a row: the module sits in the last, convolutional one"
+_PRENORM = "the norm before conv1 also feeds the shortcut, so the module comes after it"
 
 _TABLE = {
+    # ResNets and their relatives. Some share one relu between all convolutions: then loc2 is before it
     "timm.models.resnet.BasicBlock": Host("pre:conv1", "pre:conv2", "out:bn2", "out:bn2"),
     "timm.models.resnet.Bottleneck": Host("pre:conv1", "pre:conv2", "pre:conv3", "out:bn3"),
-    # one relu, called after every convolution: loc2 is before it
+    "timm.models.resnetv2.PreActBasic": Host("pre:conv1", "pre:conv2", "out:conv2", "out:conv2", note=_PRENORM),
+    "timm.models.resnetv2.PreActBottleneck": Host("pre:conv1", "pre:conv2", "pre:conv3", "out:conv3", note=_PRENORM),
+    "timm.models.resnetv2.Bottleneck": Host("pre:conv1", "pre:conv2", "pre:conv3", "out:norm3"),
     "timm.models.res2net.Bottle2neck": Host("pre:conv1", "out:bn1", "pre:conv3", "out:bn3"),
-    "timm.models._efficientnet_blocks.InvertedResidual": Host(
-        "pre:conv_s2d|conv_pw", "pre:conv_dw", "pre:conv_pwl", "out:bn3", live="has_skip"
-    ),
-    "timm.models._efficientnet_blocks.DepthwiseSeparableConv": Host(
-        "pre:conv_s2d|conv_dw", "out:bn1", "pre:conv_pw", "out:bn2", live="has_skip"
-    ),
-    "temporal_excite.models.bninception.InceptionBlock": Host("pre:", "out:"),
+    "timm.models.resnest.ResNestBottleneck": Host("pre:conv1", "pre:conv2", "pre:conv3", "out:bn3"),
+    "timm.models.sknet.SelectiveKernelBasic": Host("pre:conv1", "out:conv1", "out:conv2", "out:conv2"),
+    "timm.models.sknet.SelectiveKernelBottleneck": Host("pre:conv1", "out:conv1", "out:conv2", "out:conv3"),
+    "timm.models.senet.SEBottleneck": Host("pre:conv1", "pre:conv2", "pre:conv3", "out:bn3"),
+    "timm.models.senet.SEResNetBottleneck": Host("pre:conv1", "pre:conv2", "pre:conv3", "out:bn3"),
+    "timm.models.senet.SEResNeXtBottleneck": Host("pre:conv1", "pre:conv2", "pre:conv3", "out:bn3"),
+    "timm.models.senet.SEResNetBlock": Host("pre:conv1", "pre:conv2", "pre:se_module", "pre:se_module"),
+    "timm.models.tresnet.BasicBlock": Host("pre:conv1", "out:conv1", "out:conv2", "out:conv2"),
+    "timm.models.tresnet.Bottleneck": Host("pre:conv1", "out:conv1", "out:conv2", "out:conv3"),
+    "timm.models.nfnet.NormFreeBlock": Host("pre:conv1", "pre:conv2", "pre:conv3", "out:conv3"),
+    "timm.models.regnet.Bottleneck": Host("pre:conv1", "out:conv1", "out:conv2", "out:conv3", live="downsample"),
+    "timm.models.regnet.PreBottleneck": Host("pre:conv1", "pre:conv2", "pre:conv3", "out:conv3", live="downsample", note=_PRENORM),
+    "timm.models.dla.DlaBasic": Host("pre:conv1", "pre:conv2", "out:bn2", "out:bn2"),
+    "timm.models.dla.DlaBottleneck": Host("pre:conv1", "pre:conv2", "pre:conv3", "out:bn3"),
+    "timm.models.dla.DlaBottle2neck": Host("pre:conv1", "out:bn1", "pre:conv3", "out:bn3"),
+    "timm.models.dpn.DualPathBlock": Host("pre:c1x1_a", "out:c1x1_a", "out:c3x3_b", "out:c1x1_c", note="adds a part of the channels and concatenates the rest"),
+    "timm.models.cspnet.BottleneckBlock": Host("pre:conv1", "out:conv1", "out:conv2", "out:conv3"),
+    "timm.models.cspnet.DarkBlock": Host("pre:conv1", "out:conv1", "out:conv2", "out:conv2"),
+    "timm.models.cspnet.EdgeBlock": Host("pre:conv1", "out:conv1", "out:conv2", "out:conv2"),
+    "timm.models.cspnext.CspNextBlock": Host("pre:conv1", "out:conv1", "out:conv2.depthwise_conv", "out:conv2", live="add_identity"),
+    # ByobNet and ByoaNet
+    "timm.models.byobnet.BasicBlock": Host("pre:conv1_kxk", "out:conv1_kxk", "out:conv2_kxk", "out:conv2_kxk", live="shortcut"),
+    "timm.models.byobnet.BottleneckBlock": Host("pre:conv1_1x1", "out:conv1_1x1", "pre:attn", "out:conv3_1x1", live="shortcut"),
+    "timm.models.byobnet.DarkBlock": Host("pre:conv1_1x1", "out:conv1_1x1", "out:conv2_kxk", "out:conv2_kxk", live="shortcut"),
+    "timm.models.byobnet.EdgeBlock": Host("pre:conv1_kxk", "out:conv1_kxk", "out:conv2_1x1", "out:conv2_1x1", live="shortcut"),
+    "timm.models.byobnet.SelfAttnBlock": Host("pre:conv1_1x1", "out:conv1_1x1", "out:post_attn", "out:conv3_1x1", live="shortcut"),
+    "timm.models.byobnet.RepVggBlock": Host("pre:", note=_WHOLE),
+    "timm.models.byobnet.MobileOneBlock": Host("pre:", note=_WHOLE),
+    # Inverted residuals
+    "timm.models._efficientnet_blocks.ConvBnAct": Host("pre:conv", "out:bn1", "out:bn1", "out:bn1", live="has_skip", note="one convolution: loc2 = loc3 = loc4"),
+    "timm.models._efficientnet_blocks.DepthwiseSeparableConv": Host("pre:conv_s2d|conv_dw", "out:bn1", "pre:conv_pw", "out:bn2", live="has_skip"),
+    "timm.models._efficientnet_blocks.InvertedResidual": Host("pre:conv_s2d|conv_pw", "pre:conv_dw", "pre:conv_pwl", "out:bn3", live="has_skip"),
+    "timm.models._efficientnet_blocks.CondConvResidual": Host("pre:conv_pw", "pre:conv_dw", "pre:conv_pwl", "out:bn3", live="has_skip", note="the routing weights are computed from the block's plain input"),
+    "timm.models._efficientnet_blocks.EdgeResidual": Host("pre:conv_exp", "out:bn1", "pre:conv_pwl", "out:bn2", live="has_skip"),
+    "timm.models._efficientnet_blocks.UniversalInvertedResidual": Host("pre:dw_start", "out:pw_exp", "out:dw_mid", "out:dw_end", live="has_skip"),
+    "timm.models.ghostnet.GhostBottleneck": Host("pre:ghost1", "out:ghost1", "pre:ghost2", "out:ghost2"),
+    "timm.models.ghostnet.GhostBottleneckV3": Host("pre:ghost1@pre:ghost1.primary_rpr_conv|ghost1.primary_conv", "out:ghost1@pre:ghost2.primary_rpr_conv|ghost2.primary_conv", "pre:ghost2@pre:ghost2.primary_rpr_conv|ghost2.primary_conv", "out:ghost2"),
+    "timm.models.repghost.RepGhostBottleneck": Host("pre:ghost1", "out:ghost1", "pre:ghost2", "out:ghost2"),
+    "timm.models.rexnet.LinearBottleneck": Host("pre:conv_exp|conv_dw", "out:conv_exp", "pre:conv_pwl", "out:conv_pwl", live="use_shortcut", note="adds to the first channels only"),
+    "timm.models.lcnetv2.RepDepthwiseSeparable": Host("pre:", "pre:se", None, "out:pw_conv", live="use_shortcut", note=_WHOLE),
+    "timm.models.repvit.RepViTBlock": Host("pre:channel_mixer", None, "pre:channel_mixer.conv2", "out:channel_mixer", note="the token mixer folds its own identity; the channel mixer is the residual"),
+    "timm.models.starnet.Block": Host("pre:dwconv", "out:dwconv", "pre:dwconv2", "pre:drop_path"),
+    "timm.models.fasternet.MLPBlock": Host("pre:spatial_mixing@pre:mlp", "out:spatial_mixing@pre:mlp", "pre:mlp.#-1", "out:mlp"),
+    "timm.models.tiny_vit.MBConv": Host("pre:conv1", "pre:conv2", "pre:conv3", "out:conv3"),
+    "timm.models.gcvit.MbConvBlock": Host("pre:conv_dw", "out:act", "pre:conv_pw", "out:conv_pw"),
+    "timm.models.maxxvit.MbConvBlock": Host("pre:conv1_1x1", "pre:conv2_kxk", "pre:conv3_1x1", "out:conv3_1x1"),
+    "timm.models.vitamin.MbConvLNBlock": Host("pre:conv1_1x1", "pre:conv2_kxk", "pre:conv3_1x1", "out:conv3_1x1"),
+    # ConvNeXt's form
+    "timm.models.convnext.ConvNeXtBlock": Host("pre:conv_dw", "out:conv_dw", None, "pre:drop_path"),
+    "timm.models.maxxvit.ConvNeXtBlock": Host("pre:conv_dw", "out:conv_dw", None, "pre:drop_path"),
+    "timm.models.edgenext.ConvBlock": Host("pre:conv_dw", "out:conv_dw", None, "pre:drop_path"),
+    "timm.models.csatv2.Block": Host("pre:dwconv", "out:dwconv", None, "pre:drop_path"),
+    "timm.models.inception_next.MetaNeXtBlock": Host("pre:token_mixer@pre:norm", "out:token_mixer@pre:norm", "pre:mlp.fc2", "pre:drop_path"),
+    "timm.models.swiftformer.ConvEncoder": Host("pre:dwconv", "out:dwconv", "pre:pwconv2", "pre:drop_path"),
+    "timm.models.convmixer.Residual": Host("pre:fn", "out:fn", "out:fn", "out:fn", note="one convolution: loc2 = loc3 = loc4"),
+    "timm.models.mambaout.GatedConvBlock": Host("pre:norm", None, None, "pre:drop_path", nhwc=True, note="(B, H, W, C) inside; the module sees (B, C, H, W)"),
+    "timm.models.metaformer.MetaFormerBlock": Host("pre:norm1", None, None, "out:token_mixer", tokens="token_mixer.num_heads", note=_TWO),
+    "timm.models.focalnet.FocalNetBlock": Host("pre:norm1", None, None, "pre:ls1", note=_TWO),
+    "timm.models.efficientformer.MetaBlock2d": Host("pre:token_mixer", None, None, "out:token_mixer", note=_TWO),
+    "timm.models.efficientformer_v2.EfficientFormerV2Block": Host("pre:mlp", "out:mlp.fc1", "out:mlp.mid", "out:mlp", note=_LAST),
+    "timm.models.fastvit.RepMixerBlock": Host("pre:mlp", "out:mlp.conv", "pre:mlp.fc2", "out:mlp", note=_LAST),
+    "timm.models.nextvit.NextConvBlock": Host("pre:mhca", "pre:mhca.projection", None, "out:mhca", note=_TWO),
+    "timm.models.shvit.BasicBlock": Host("pre:ffn.m", None, "pre:ffn.m.pw2", "out:ffn.m", note=_LAST),
+    "timm.models.visformer.Block": Host("pre:mlp", "pre:mlp.conv2|mlp.conv3", "pre:mlp.conv3", "out:mlp", note=_LAST),
+    "timm.models.iformer.ConvBlock": Host("pre:mixer.module.0", "out:mixer.module.0", "out:mixer.module.2", "out:mixer.module.3", note=_TWO),
+    "timm.models.efficientvit_msra.ResidualDrop": Host("pre:m@out:m", None, None, "out:m"),
+    "timm.models.efficientvit_mit.ResidualBlock": Host("pre:main", None, None, "out:main", live="shortcut"),
+    "timm.models.lowformer.ResidualBlock": Host("pre:main", None, None, "out:main", live="shortcut"),
+    "timm.models.cpubone.ResidualBlock": Host("pre:main", None, None, "out:main", live="shortcut"),
+    "timm.models.xception.Block": Host("pre:rep@pre:rep.1", None, None, "out:rep"),
+    "timm.models.xception_aligned.XceptionModule": Host("pre:stack@pre:stack.conv1", "out:stack.conv1", "out:stack.conv2", "out:stack.conv3", live="!no_skip"),
+    "timm.models.xception_aligned.PreXceptionModule": Host("pre:stack@pre:stack.conv1", "out:stack.conv1", "out:stack.conv2", "out:stack.conv3", live="!no_skip", note=_PRENORM),
+    # Dense, one-shot aggregation, inception
+    "timm.models.densenet.DenseLayer": Host("pre:conv1", "pre:conv2", None, "out:conv2", note=_DENSE),
+    "timm.models.rdnet.DenseBlock": Host("pre:layers", "out:layers.layers.1", None, "out:layers", note=_DENSE),
+    "timm.models.vovnet.OsaBlock": Host("pre:conv_reduction|conv_mid.0", None, "pre:conv_concat", "out:conv_concat", note=_DENSE),
+    "timm.models.hgnet.HighPerfGpuBlock": Host("pre:layers.0", None, "pre:aggregation", "out:aggregation", note=_DENSE),
+    "timm.models.selecsls.SelecSlsBlock": Host("pre:conv1", "pre:conv2", "pre:conv6", "out:conv6", note=_DENSE),
+    "timm.models.nasnet.FirstCell": Host("pre:conv_1x1", note="cell of two inputs: the current one"),
+    "timm.models.nasnet.NormalCell": Host("pre:conv_1x1", note="cell of two inputs: the current one"),
+    "timm.models.nasnet.ReductionCell0": Host("pre:conv_1x1", note="cell of two inputs: the current one"),
+    "timm.models.nasnet.ReductionCell1": Host("pre:conv_1x1", note="cell of two inputs: the current one"),
+    "timm.models.pnasnet.Cell": Host("pre:conv_1x1", note="cell of two inputs: the current one"),
+    "timm.models.inception_v3.InceptionA": Host("pre:", note=_MULTI),
+    "timm.models.inception_v3.InceptionB": Host("pre:", note=_MULTI),
+    "timm.models.inception_v3.InceptionC": Host("pre:", note=_MULTI),
+    "timm.models.inception_v3.InceptionD": Host("pre:", note=_MULTI),
+    "timm.models.inception_v3.InceptionE": Host("pre:", note=_MULTI),
+    "timm.models.inception_v4.Mixed3a": Host("pre:", note=_MULTI),
+    "timm.models.inception_v4.Mixed4a": Host("pre:", note=_MULTI),
+    "timm.models.inception_v4.Mixed5a": Host("pre:", note=_MULTI),
+    "timm.models.inception_v4.InceptionA": Host("pre:", note=_MULTI),
+    "timm.models.inception_v4.InceptionB": Host("pre:", note=_MULTI),
+    "timm.models.inception_v4.InceptionC": Host("pre:", note=_MULTI),
+    "timm.models.inception_v4.ReductionA": Host("pre:", note=_MULTI),
+    "timm.models.inception_v4.ReductionB": Host("pre:", note=_MULTI),
+    "timm.models.inception_resnet_v2.Mixed_5b": Host("pre:", note=_MULTI),
+    "timm.models.inception_resnet_v2.Mixed_6a": Host("pre:", note=_MULTI),
+    "timm.models.inception_resnet_v2.Mixed_7a": Host("pre:", note=_MULTI),
+    "timm.models.inception_resnet_v2.Block35": Host("pre:", None, "pre:conv2d", "out:conv2d", note=_WHOLE),
+    "timm.models.inception_resnet_v2.Block17": Host("pre:", None, "pre:conv2d", "out:conv2d", note=_WHOLE),
+    "timm.models.inception_resnet_v2.Block8": Host("pre:", None, "pre:conv2d", "out:conv2d", note=_WHOLE),
+    "temporal_excite.models.bninception.InceptionBlock": Host("pre:", "out:", note=_MULTI),
+    # Plain networks
+    "timm.models.vgg.VGG": Host("pre:", each="features", note="no blocks: before each convolution but the first"),
+    # torchvision
+    "torchvision.models.resnet.BasicBlock": Host("pre:conv1", "pre:conv2", "out:bn2", "out:bn2"),
+    "torchvision.models.resnet.Bottleneck": Host("pre:conv1", "pre:conv2", "pre:conv3", "out:bn3"),
+    "torchvision.models.mobilenetv2.InvertedResidual": Host("pre:conv", "out:conv.0", "pre:conv.#-2", "out:conv", live="use_res_connect"),
+    "torchvision.models.mobilenetv3.InvertedResidual": Host("pre:block", "out:block.0", "pre:block.#-1", "out:block", live="use_res_connect"),
+    "torchvision.models.efficientnet.MBConv": Host("pre:block", "out:block.0", "pre:block.#-1", "out:block", live="use_res_connect"),
+    "torchvision.models.efficientnet.FusedMBConv": Host("pre:block", "out:block.0", "out:block", "out:block", live="use_res_connect"),
+    "torchvision.models.convnext.CNBlock": Host("pre:block", "out:block.0", None, "pre:stochastic_depth"),
+    "torchvision.models.regnet.ResBottleneckBlock": Host("pre:f", "out:f.a", "out:f.b", "out:f"),
+    "torchvision.models.mnasnet._InvertedResidual": Host("pre:layers", "out:layers.2", "out:layers.5", "out:layers", live="apply_residual"),
+    "torchvision.models.densenet._DenseLayer": Host("pre:conv1", "pre:conv2", None, "out:conv2", note=_DENSE),
+    "torchvision.models.shufflenetv2.InvertedResidual": Host("pre:branch2", "out:branch2.2", "pre:branch2.5", "out:branch2", note="the branch that convolves; the other half of the channels passes"),
+    "torchvision.models.googlenet.Inception": Host("pre:", note=_MULTI),
+    "torchvision.models.inception.InceptionA": Host("pre:", note=_MULTI),
+    "torchvision.models.inception.InceptionB": Host("pre:", note=_MULTI),
+    "torchvision.models.inception.InceptionC": Host("pre:", note=_MULTI),
+    "torchvision.models.inception.InceptionD": Host("pre:", note=_MULTI),
+    "torchvision.models.inception.InceptionE": Host("pre:", note=_MULTI),
+    "torchvision.models.vgg.VGG": Host("pre:", each="features", note="no blocks: before each convolution but the first"),
 }
 
-for _name, _host in _TABLE.items():
-    register_host(_name, _host)
+_HOSTS.update(_TABLE)
