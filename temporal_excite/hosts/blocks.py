@@ -143,7 +143,7 @@ class Block:
         inside = list(layer.modules())
         around = list(self.module.modules())
         start = next(i for i, module in enumerate(around) if module is layer)
-        own = _read(inside, _TAKES) if anchor.startswith("pre:") else _read(inside[::-1], _GIVES)
+        own = _read(inside, _TAKES) if anchor.startswith("pre:") else _read([layer, *inside[::-1]], _GIVES)
         found = own or _read(around[:start][::-1], _GIVES) or _read(around[start + len(inside) :], _TAKES)
         if found is None:
             raise ValueError(
@@ -154,7 +154,7 @@ class Block:
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _TAKES = ("in_channels", "num_features", "num_channels", "normalized_shape", "in_features")
-_GIVES = ("out_channels", "num_features", "num_channels", "normalized_shape", "out_features")
+_GIVES = ("out_channels", "out_chs", "num_features", "num_channels", "normalized_shape", "out_features")
 
 
 def _plain_sequence(module: nn.Module | None) -> bool:
