@@ -206,11 +206,11 @@ def plot(path: Path, results: Sequence[Result], etas: Sequence[Eta]) -> None:
             for r, x, y, marker in zip(pair, counted, accuracy, "os", strict=True):
                 axes.plot(x, y, marker, markersize=5, **style)
                 axes.plot(float(r.row.gflops or "nan"), y, marker, markersize=11, fillstyle="none", **style)
-            label = f"{pair[0].row.label.split()[0]}\n$\\eta$ {eta.counted:.2f} (printed {eta.printed})"
+            label = f"{pair[0].row.label.split()[0]}\n$\\eta$ {eta.counted:.2f}\n(printed {eta.printed})"
             place = {"xytext": (0, -12), "textcoords": "offset points", "ha": "center", "va": "top"}
             axes.annotate(label, (counted[0], accuracy[0]), color=f"C{number}", fontsize=8, **place)
         axes.set(title=dataset, xlabel="GFLOPs", xlim=(-7, 44), xticks=range(0, 41, 10))
-        axes.margins(y=0.25)
+        axes.margins(y=0.3)
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("Top-1 accuracy [%]")
     markers = (("TSM, counted", "o", "full"), ("TSM, printed", "o", "none"))
