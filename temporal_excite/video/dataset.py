@@ -39,6 +39,9 @@ class VideoDataset(Dataset[tuple[Tensor, int]]):
                 meets it can be repeated. Meant for training: when evaluating, leave out the indices in
                 ``broken``.
     labels:     the class names, ``labels[record.label]``; every record's label must then be in range.
+    keep:       keep the decoded frames of every video in memory after the first time (for each process: 3 T
+                H W bytes a clip), where the sampler takes the same ones again. For small videos, whose
+                decoding costs more than their training.
     seed:       all random choices of item i, its frames and its augmentation, depend on ``(seed, epoch, i)``
                 and on nothing else: not on the number of workers, nor on what was read before. Call
                 ``set_epoch`` before each epoch; it reaches workers that are already running.
@@ -56,12 +59,15 @@ class VideoDataset(Dataset[tuple[Tensor, int]]):
         pattern: str | None = None,
         on_error: str = "raise",
         labels: Sequence[str] | None = None,
+        keep: bool = False,
         seed: int = 0,
     ) -> None:
         if not records:
             raise ValueError("no records: the annotation file is empty or names no videos of this split")
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
+        if keep and getattr(sampler, "random", False):
+            raise ValueError(f"keep=True needs a sampler that takes the same frames again, got {sampler!r}")
         for record in records:
             if labels is not None and not 0 <= record.label < len(labels):
                 raise ValueError(f"{record.path}: label {record.label} is not in 0 .. {len(labels) - 1}")
@@ -71,6 +77,8 @@ class VideoDataset(Dataset[tuple[Tensor, int]]):
         self.pattern = pattern
         self.on_error = on_error
         self.labels = None if labels is None else list(labels)
+        self.keep = keep
+        self._kept: dict[int, Tensor] = {}
         self.seed = seed
         # shared memory, so that worker processes see the epoch and this process sees their errors
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
@@ -122,7 +130,9 @@ class VideoDataset(Dataset[tuple[Tensor, int]]):
     def _load(self, index: int, state: np.random.SeedSequence) -> tuple[Tensor, int]:
         record = self.records[index]
         seed = int(state.generate_state(1, np.uint64)[0] >> np.uint64(1))
-        clips = self._read(record, seed)
+        clips = self._kept[index] if index in self._kept else self._read(record, seed)
+        if self.keep:
+            self._kept[index] = clips
         label: Any = record.label
         if self.transform is None:
             return (clips[0] if len(clips) == 1 else clips), label

@@ -1,0 +1,43 @@
+"""The command line: ``temporal-excite COMMAND``.
+
+A command is a module with ``configure(parser)`` and ``run(args)``, and a line in ``COMMANDS``. It is
+imported only when it is called.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "train": ("temporal_excite.training.commands.train", "train a model on a folder of videos"),
+    "evaluate": ("temporal_excite.training.commands.evaluate", "accuracy of a checkpoint by a test protocol"),
+    "predict": ("temporal_excite.training.commands.predict", "labels of videos"),
+}
+"""name -> (module, one line of help)."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 2 for wrong input, or what the command gives."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="temporal-excite", description="Temporal modules in image models: train, evaluate, predict."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    for name, (path, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text.capitalize() + ".")
+        command.add_argument("--traceback", action="store_true", help="show where an error comes from")
+        if name == chosen:
+            importlib.import_module(path).configure(command)
+    args = parser.parse_args(argv)
+    try:
+        return importlib.import_module(COMMANDS[args.command][0]).run(args) or 0
+    except (ValueError, TypeError, OSError, RuntimeError, ArithmeticError, ImportError) as error:
+        if args.traceback:
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"temporal-excite {args.command}: error: {message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130

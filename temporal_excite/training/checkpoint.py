@@ -1,0 +1,206 @@
+"""What a trained model is, and its file: written whole or not at all, read without running code."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import is_model
+from torch import Tensor
+
+from ..classifier import VideoClassifier
+from ..injection import inject
+
+FORMAT = 1
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, read, or used for what was asked."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that is needed to build a model again and to feed it, apart from the weights."""
+
+    backbone: str
+    """Name of a timm model."""
+    module: str | None
+    """Name of a temporal module; None is TSN, the plain backbone."""
+    labels: tuple[str, ...]
+    """Class names."""
+    n_segment: int = 8
+    dropout: float = 0.5
+    module_args: Mapping[str, Any] = field(default_factory=dict)
+    """Keywords of :func:`~temporal_excite.inject`, the module's own included."""
+    backbone_args: Mapping[str, Any] = field(default_factory=dict)
+    """Keywords of ``timm.create_model``."""
+    short_side: int = 256
+    """Size in pixels the shorter side of a frame is scaled to."""
+    crop: int = 224
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    dataset: str = "folder"
+    """Layout of the data it was trained on."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.labels)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, which ``weights_only=True`` and JSON take."""
+        return {
+            k: list(v) if isinstance(v, tuple) else dict(v) if isinstance(v, Mapping) else v
+            for k, v in asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
+        """The inverse of :meth:`to_dict`; a :class:`CheckpointError` names missing and unknown fields."""
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise CheckpointError(f"unknown model settings {unknown}: written by a newer version?")
+        if missing := sorted({"backbone", "module", "labels"} - set(values)):
+            raise CheckpointError(f"model settings {missing} are missing")
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**plain)
+
+
+def build_model(config: ModelConfig, pretrained: bool = False) -> VideoClassifier:
+    """The model a config describes, with new weights, or timm's pretrained ones in the backbone.
+
+    Raises ``ValueError`` for a backbone timm does not know, naming similar ones, and whatever
+    :func:`~temporal_excite.inject` raises.
+    """
+    if not is_model(config.backbone):
+        import difflib
+
+        similar = difflib.get_close_matches(config.backbone, timm.list_models(), n=4)
+        hint = f"; similar: {', '.join(similar)}" if similar else "; timm.list_models() lists them"
+        raise ValueError(f"timm has no model {config.backbone!r}{hint}")
+    backbone = timm.create_model(
+        config.backbone, pretrained=pretrained, num_classes=config.num_classes, **config.backbone_args
+    )
+    if config.module is not None:
+        inject(backbone, config.module, config.n_segment, **config.module_args)
+    model = VideoClassifier(backbone, n_segment=config.n_segment, dropout=config.dropout)
+    model.reset_head(config.num_classes)
+    return model
+
+
+def save_checkpoint(
+    path: str | Path,
+    config: ModelConfig,
+    state_dict: Mapping[str, Tensor],
+    training: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint atomically: after a crash or on a full disk the old file is whole.
+
+    Raises :class:`CheckpointError`, naming the reason and the space left, when it cannot be written.
+    """
+    path = Path(path)
+    content = {"format": FORMAT, "config": config.to_dict(), "state_dict": dict(state_dict)}
+    if training is not None:
+        content["training"] = dict(training)
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=path.name, suffix=".tmp", delete=False
+        ) as file:
+            temporary = Path(file.name)
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise CheckpointError(
+            f"cannot write {path}: {reason}{_free_space(path)}; "
+            + ("the previous checkpoint there is intact" if path.exists() else "nothing was written")
+        ) from error
+    with contextlib.suppress(OSError):  # make the rename itself last, where the system can
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _free_space(path: Path) -> str:
+    try:
+        return f" ({shutil.disk_usage(path.parent).free / 2**20:.0f} MiB free)"
+    except OSError:
+        return ""
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The content of a checkpoint: ``config`` (:class:`ModelConfig`), ``state_dict`` and perhaps
+    ``training``.
+
+    Read with ``weights_only=True``. Raises ``FileNotFoundError``, and :class:`CheckpointError` for another
+    kind of file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged or foreign file makes of the unpickler
+        raise CheckpointError(f"{path} is no readable checkpoint: {_first_line(error)}") from error
+    if not isinstance(content, dict) or not {"format", "config", "state_dict"} <= set(content):
+        raise CheckpointError(
+            f"{path} holds no temporal-excite checkpoint (format, config, state_dict); "
+            "weights released by others load through temporal_excite.load_released"
+        )
+    if content["format"] > FORMAT:
+        raise CheckpointError(f"{path} has format {content['format']}, this version reads up to {FORMAT}")
+    content["config"] = ModelConfig.from_dict(content["config"])
+    return content
+
+
+def load_weights(model: VideoClassifier, state_dict: Mapping[str, Tensor], source: str | Path) -> None:
+    """Load all weights; a :class:`CheckpointError` names what does not fit, and the model is untouched."""
+    own = model.state_dict()
+    missing, extra = sorted(set(own) - set(state_dict)), sorted(set(state_dict) - set(own))
+    shapes = [k for k in own if k in state_dict and own[k].shape != state_dict[k].shape]
+    if missing or extra or shapes:
+        example = next(iter(missing or extra or shapes))
+        raise CheckpointError(
+            f"{source} does not fit this model: {len(missing)} weights missing, {len(extra)} unknown, "
+            f"{len(shapes)} of another shape (such as {example}); "
+            "it was written for another backbone or temporal module"
+        )
+    model.load_state_dict(dict(state_dict))
+
+
+def load_initial(model: VideoClassifier, path: str | Path) -> None:
+    """Start from another checkpoint's weights (fine-tuning): all but a classifier of another number of
+    classes."""
+    state = dict(read_checkpoint(path)["state_dict"])
+    own = model.state_dict()
+    head = model.model.get_classifier()  # type: ignore[operator]
+    name = next(name for name, module in model.named_modules() if module is head)
+    for key in (f"{name}.weight", f"{name}.bias"):
+        if key in own and key in state and state[key].shape != own[key].shape:
+            state[key] = own[key]
+    load_weights(model, state, path)
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[VideoClassifier, ModelConfig]:
+    """The trained model of a checkpoint, in eval mode, and its config."""
+    content = read_checkpoint(path)
+    model = build_model(content["config"])
+    load_weights(model, content["state_dict"], path)
+    return model.eval().to(device), content["config"]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,159 @@
+"""The data sets of a training folder: which files the recipes' layouts expect, and what is done to the
+frames."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..video import (
+    FORMATS,
+    Record,
+    SegmentSampler,
+    VideoDataset,
+    flip_pairs,
+    read_annotations,
+    test_transform,
+    train_transform,
+)
+from ..video.decoding import VIDEOS
+from .checkpoint import ModelConfig
+from .evaluate import parse_protocol
+
+LAYOUTS: dict[str, tuple[str, str, str]] = {
+    "tsn": ("train.txt", "val.txt", "."),
+    "sthv1": ("*-train.csv", "*-validation.csv", "20bn-something-something-v1"),
+    "sthv2": ("*train.json", "*validation.json", "20bn-something-something-v2"),
+    "jester": ("*-train.csv", "*-validation.csv", "20bn-jester-v1"),
+    "egogesture": ("labels-final-revised1", "labels-final-revised1", "images"),
+    "kinetics": ("train.csv", "val*.csv", "{subset}"),
+    "ucf101": ("**/trainlist01.txt", "**/testlist01.txt", "UCF-101"),
+    "hmdb51": ("testTrainMulti_7030_splits", "testTrainMulti_7030_splits", "hmdb51"),
+}
+"""For each annotation format: where the lists of the training and of the validation set and the videos
+are."""
+
+
+def layouts() -> list[str]:
+    """The names ``format`` of :func:`load_records` takes."""
+    return ["folder", *FORMATS]
+
+
+def load_records(
+    data: str | Path,
+    format: str,
+    subset: str,
+    *,
+    listing: str | Path | None = None,
+    root: str | Path | None = None,
+    labels: Sequence[str] | str | Path | None = None,
+) -> tuple[list[Record], list[str]]:
+    """The records and class names of one subset of a data folder.
+
+    ``"folder"`` is ``data/train/CLASS/video`` and ``data/val/CLASS/video``; a video is a file, or a folder
+    of pictures. The other formats are those of :func:`~temporal_excite.video.read_annotations`.
+
+    Args:
+        data: the folder.
+        format: one of :func:`layouts`.
+        subset: "train" or "val".
+        listing: the annotation file, where it is not the layout's.
+        root: the folder of the videos, where it is not the layout's.
+        labels: the class names in order, or their file.
+
+    Raises:
+        FileNotFoundError: the folder or a file in it is missing.
+        ValueError: an unknown format, or annotations that are wrong.
+    """
+    data = Path(data)
+    if not data.is_dir():
+        raise FileNotFoundError(f"no data folder {data}")
+    if format == "folder":
+        return _class_folders(Path(listing) if listing else data / subset, labels)
+    if format not in LAYOUTS:
+        raise ValueError(f"unknown data format {format!r}; known: {', '.join(layouts())}")
+    train_pattern, val_pattern, videos = LAYOUTS[format]
+    if listing is None:
+        pattern = train_pattern if subset == "train" else val_pattern
+        found = sorted(data.glob(pattern))
+        if len(found) != 1:
+            what = "none" if not found else f"{len(found)}: {', '.join(f.name for f in found)}"
+            raise FileNotFoundError(
+                f"{data}: expected one {pattern} ({format} layout), found {what}; "
+                f"name the file with --{subset}-list"
+            )
+        listing = found[0]
+    if root is None:
+        root = data / videos.format(subset=subset)
+        if not root.is_dir():
+            root = data
+    if labels is None and (data / "labels.txt").is_file() and format == "tsn":
+        labels = data / "labels.txt"
+    split = {"egogesture": subset, "hmdb51": "train" if subset == "train" else "test"}.get(format, "train")
+    return read_annotations(listing, format, root=root, labels=labels, subset=split)
+
+
+def _class_folders(folder: Path, labels: Sequence[str] | str | Path | None) -> tuple[list[Record], list[str]]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder} with one folder of videos for each class")
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    if isinstance(labels, str | Path):
+        from ..video import read_labels
+
+        labels = read_labels(labels)
+    names = list(labels) if labels is not None else classes
+    if unknown := [name for name in classes if name not in names]:
+        raise ValueError(f"{folder}: the folder {unknown[0]!r} is none of the {len(names)} classes")
+    records = [
+        Record(video, names.index(name))
+        for name in classes
+        for video in sorted((folder / name).iterdir())
+        if video.is_dir() or video.suffix.lower() in VIDEOS
+    ]
+    if not records:
+        raise ValueError(f"{folder}: no videos in its {len(classes)} class folders")
+    return records, names
+
+
+def train_dataset(
+    records: Sequence[Record],
+    config: ModelConfig,
+    *,
+    flip: str = "auto",
+    on_error: str = "raise",
+    seed: int = 0,
+) -> VideoDataset:
+    """The papers' training data: random segments' frames, multi-scale corner crops, flips.
+
+    ``flip``: "none", "plain", "swap" as :func:`~temporal_excite.video.train_transform` takes them; "auto"
+    is "swap" where class names speak of left and right, and "plain" elsewhere.
+    """
+    if flip == "auto":
+        flip = "swap" if flip_pairs(config.labels) else "plain"
+    transform = train_transform(
+        config.crop,
+        flip=flip,
+        labels=config.labels,
+        mean=config.mean,
+        std=config.std,
+        short_side=config.short_side,
+    )
+    sampler = SegmentSampler(config.n_segment, "train", short="spread")
+    return VideoDataset(records, sampler, transform, on_error=on_error, labels=config.labels, seed=seed)
+
+
+def test_dataset(
+    records: Sequence[Record], config: ModelConfig, protocol: str = "1x1", *, on_error: str = "raise"
+) -> VideoDataset:
+    """The data of a test protocol, "CROPSxCLIPS": the centre crop, or three crops of the whole short side."""
+    crops, clips = parse_protocol(protocol)
+    transform = test_transform(
+        crops,
+        size=config.crop if crops == 1 else config.short_side,
+        short_side=config.short_side,
+        mean=config.mean,
+        std=config.std,
+    )
+    sampler = SegmentSampler(config.n_segment, "test", clips)
+    return VideoDataset(records, sampler, transform, on_error=on_error, labels=config.labels)
+
+
+test_dataset.__test__ = False  # type: ignore[attr-defined]  # a name pytest would collect

@@ -1,0 +1,164 @@
+"""From a checkpoint and a video to labels, and checkpoints on the Hugging Face hub."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..classifier import VideoClassifier
+from ..video import Record
+from .checkpoint import CheckpointError, ModelConfig, build_model, load_model, load_weights
+from .data import test_dataset
+from .evaluate import video_scores
+
+HUB = "hf-hub:"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A class and its score."""
+
+    label: str
+    score: float
+    """Softmax, averaged over the views, in [0, 1]."""
+
+
+class Recognizer:
+    """A trained model that takes videos.
+
+    >>> recognizer = Recognizer.from_checkpoint("runs/best.pt")  # doctest: +SKIP
+    >>> recognizer("clip.mp4")[0]  # doctest: +SKIP
+    Prediction(label='Swiping Left', score=0.97)
+
+    Args:
+        model: as :func:`~temporal_excite.training.build_model` gives it for ``config``.
+        config: of the model.
+        device: where it runs.
+    """
+
+    def __init__(
+        self, model: VideoClassifier, config: ModelConfig, device: str | torch.device = "cpu"
+    ) -> None:
+        self.device = torch.device(device)
+        self.model = model.eval().to(self.device)
+        self.config = config
+
+    @classmethod
+    def from_checkpoint(cls, source: str | Path, device: str | torch.device = "cpu") -> "Recognizer":
+        """From a training checkpoint, a folder of :meth:`save_pretrained`, or ``"hf-hub:owner/name"``.
+
+        Weights are read from safetensors or with ``weights_only=True``.
+
+        Raises:
+            FileNotFoundError: nothing there.
+            CheckpointError: not a checkpoint of this package.
+        """
+        if str(source).startswith(HUB):
+            return cls(*_load_pretrained(str(source), *_download(str(source).removeprefix(HUB))), device)
+        path = Path(source)
+        if path.is_dir():
+            for name in (CONFIG, WEIGHTS):
+                if not (path / name).is_file():
+                    raise FileNotFoundError(f"{path} holds no {name}: not a folder of save_pretrained()")
+            return cls(*_load_pretrained(str(path), path / CONFIG, path / WEIGHTS), device)
+        return cls(*load_model(path), device)
+
+    def scores(self, video: str | Path | Tensor, protocol: str = "1x1") -> Tensor:
+        """Scores of all classes, ``(classes,)``.
+
+        Args:
+            video: a video file, a folder of pictures, or frames ``(F, 3, H, W)`` uint8, F of any length.
+            protocol: "CROPSxCLIPS", see :func:`~temporal_excite.training.parse_protocol`.
+
+        Raises:
+            VideoError: the file cannot be read.
+            ValueError: frames of another shape or dtype.
+        """
+        if isinstance(video, Tensor):
+            clips = self._views(video, protocol)
+        else:
+            clips, _ = test_dataset([Record(Path(video), 0)], self.config, protocol)[0]
+        return video_scores(self.model, clips.unsqueeze(0).to(self.device))[0].cpu()
+
+    def __call__(self, video: str | Path | Tensor, top: int = 5, protocol: str = "1x1") -> list[Prediction]:
+        """The ``top`` best classes, best first; arguments as :meth:`scores`."""
+        best = self.scores(video, protocol).topk(min(top, self.config.num_classes))
+        return [
+            Prediction(self.config.labels[i], score)
+            for i, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+
+    def _views(self, frames: Tensor, protocol: str) -> Tensor:
+        from torchvision import tv_tensors
+
+        if frames.ndim != 4 or frames.shape[1] != 3 or not len(frames) or frames.dtype != torch.uint8:
+            raise ValueError(
+                f"expected uint8 frames (F, 3, H, W), got {frames.dtype} of shape {tuple(frames.shape)}"
+            )
+        like = test_dataset([Record(Path(), 0)], self.config, protocol)
+        views = []
+        for indices in like.sampler(len(frames)):
+            view, _ = like.transform(tv_tensors.Video(frames[indices]), 0)  # type: ignore[misc]
+            views.append(view.as_subclass(Tensor))
+        stacked = torch.stack(views) if views[0].ndim == 4 else torch.cat(views)
+        return stacked[0] if len(stacked) == 1 else stacked
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``config.json`` and ``model.safetensors``, the files timm keeps on the hub."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
+        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+        config = {
+            # timm's fields
+            "architecture": self.config.backbone,
+            "num_classes": self.config.num_classes,
+            "label_names": list(self.config.labels),
+            "pretrained_cfg": {"mean": list(self.config.mean), "std": list(self.config.std)},
+            "temporal_excite": self.config.to_dict(),
+        }
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> Any:
+        """Upload :meth:`save_pretrained`'s files to the Hugging Face hub; the arguments are
+        huggingface_hub's."""
+        from tempfile import TemporaryDirectory
+
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token, library_name="temporal-excite")
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Add model")
+
+
+def _download(repo_id: str) -> Sequence[Path]:
+    from huggingface_hub import hf_hub_download
+
+    name, _, revision = repo_id.partition("@")
+    return [Path(hf_hub_download(name, file, revision=revision or None)) for file in (CONFIG, WEIGHTS)]
+
+
+def _load_pretrained(
+    source: str, config_file: Path, weights_file: Path
+) -> tuple[VideoClassifier, ModelConfig]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        settings = json.loads(config_file.read_text(encoding="utf-8"))["temporal_excite"]
+        config = ModelConfig.from_dict(settings)
+        state = load_file(weights_file)
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"{source} is no model of temporal-excite: {error!r}") from error
+    model = build_model(config)
+    load_weights(model, state, source)
+    return model, config
