@@ -50,8 +50,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="start from random weights, not from timm's",
     )
     model.add_argument("--init", type=Path, metavar="CKPT", help="start from the weights of another run")
-    add_data_arguments(parser, ("train", "val"))
-    parser._action_groups[-1].add_argument(
+    data = add_data_arguments(parser, ("train", "val"))
+    data.add_argument(
         "--flip",
         choices=("auto", "none", "plain", "swap"),
         default="auto",
