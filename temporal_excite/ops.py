@@ -95,3 +95,21 @@ def temporal_conv(x: Tensor, weight: Tensor, n_segment: int) -> Tensor:
     before, now, after = weight.view(-1, 3, 1, 1).unbind(1)
     clips = to_clips(x, n_segment)
     return (previous(clips) * before + clips * now + following(clips) * after).flatten(0, 1)
+
+
+def clipwise_temporal_conv(x: Tensor, kernel: Tensor, n_segment: int) -> Tensor:
+    """:func:`temporal_conv` with a kernel of its own for each clip.
+
+    Args:
+        x: ``(N*T, C, H, W)``.
+        kernel: ``(N, C, 3)``.
+        n_segment: T.
+    """
+    kernel = kernel.to(x.dtype)
+    if _countable:
+        clips = to_clips(x.flatten(2), n_segment).transpose(1, 2).flatten(0, 1)  # (N*C, T, H*W)
+        y = F.conv2d(clips[None], kernel.reshape(-1, 1, 3, 1), padding=(1, 0), groups=len(clips))
+        return y.unflatten(1, (-1, x.shape[1]))[0].transpose(1, 2).reshape(x.shape)
+    kernel = kernel[:, None].expand(-1, n_segment, -1, -1).flatten(0, 1)[..., None, None]
+    before, now, after = kernel.unbind(2)
+    return sum_taps(x * before, x * now, x * after, n_segment)

@@ -4,9 +4,10 @@ Jiang, Zhang: An Improved Action Recognition Network With Temporal Extraction an
 Access 10, 2022. No code was released; what the text leaves open is said at each class.
 """
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import following, positive_int, previous, sum_taps, to_clips
+from ..ops import clipwise_temporal_conv, positive_int, sum_taps, to_clips
 from .base import TemporalModule
 from .registry import register_module
 
@@ -45,14 +46,11 @@ class TEModule(TemporalModule):
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
         self.check_n_segment(self.n_segment)
-        clips = to_clips(x, self.n_segment)
-        pooled = clips.mean(dim=(3, 4)).transpose(1, 2)  # (N, C, T)
+        pooled = to_clips(F.adaptive_avg_pool2d(x, 1).flatten(1), self.n_segment).transpose(1, 2)  # (N, C, T)
         gate = self.expand(self.reduce(pooled)).sigmoid()
         kernel = self.fc2(self.act(self.fc1(pooled))).softmax(dim=-1)  # (N, C, 3)
-        # the kernel on the gated input is a kernel, different for each frame, on the input
-        taps = kernel[..., None, :] * gate[..., None]  # (N, C, T, 3), by the input's frame
-        to_next, stay, to_previous = taps.to(x.dtype).transpose(1, 2)[..., None, None].unbind(3)
-        return (previous(clips * to_next) + clips * stay + following(clips * to_previous)).flatten(0, 1)
+        excited = x * gate.transpose(1, 2).flatten(0, 1)[..., None, None].to(x.dtype)
+        return clipwise_temporal_conv(excited, kernel, self.n_segment)
 
     def check_n_segment(self, n_segment: int) -> None:
         if n_segment != self.fc1.in_features:
