@@ -1,4 +1,4 @@
-"""Weights of the released ACTION-Net and TSM networks, loaded under our names.
+"""Weights of the released ACTION-Net, TSM and TEA networks, loaded under our names.
 
 A further module needs one entry in ``_LAYOUTS``: where the released networks keep its layers.
 """
@@ -7,6 +7,7 @@ import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
@@ -56,11 +57,31 @@ _LAYOUTS: dict[type[nn.Module] | str, ModuleLayout] = {
         },
         requires={"identity_start": False},
     ),
+    "me": ModuleLayout(
+        {
+            "me.squeeze": "conv1",
+            "me.norm": "bn1",
+            "me.transform": "conv2",
+            "me.expand": "conv3",
+            "me.norm2": "bn3",
+        },
+        at="{block}.me",
+        wraps=False,
+        placement="me",
+        requires={"me.form": "released", "me.residual": True},
+    ),
+    # the temporal convolution itself, or PartConv's
+    **{
+        f"mta.{part}": ModuleLayout(
+            {"": "conv", "conv": "conv"}, f"{{block}}.shifts.{part - 1}", wraps=False, placement=f"mta.{part}"
+        )
+        for part in (1, 2, 3, 4)
+    },
 }
 
 
 def load_released(model: Model, checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> Model:
-    """Fill a model with the weights of a released ACTION-Net, TSM or TSN checkpoint, in place.
+    """Fill a model with the weights of a released ACTION-Net, TSM, TSN or TEA checkpoint, in place.
 
     Every tensor of the model is filled, its classifier included, and every key of the checkpoint used, or
     nothing is loaded and the error names what does not fit. Batch norms' ``num_batches_tracked`` may be
@@ -71,8 +92,9 @@ def load_released(model: Model, checkpoint: str | os.PathLike[str] | Mapping[str
     and TSN's and TSM's BNInception have the same keys.
 
     Args:
-        model: timm's ``resnet*``, ``mobilenetv2_*`` or ``bninception`` with the checkpoint's temporal modules
-            injected (none for TSN), or a :class:`~temporal_excite.VideoClassifier` of it.
+        model: timm's ``resnet*``, ``res2net50_26w_4s``, ``mobilenetv2_*`` or ``bninception`` with the
+            checkpoint's temporal modules injected (none for TSN), or a
+            :class:`~temporal_excite.VideoClassifier` of it.
         checkpoint: a file, read with ``weights_only=True``, or what it holds: ``{"state_dict": {...}}`` or
             the state dict itself.
 
@@ -201,7 +223,8 @@ def _network(model: nn.Module) -> _Network:
             return network(model)
     raise ValueError(
         f"no released weights for {type(model).__name__}; "
-        "load_released knows timm's resnet*, mobilenetv2_* and bninception, and VideoClassifiers of them"
+        "load_released knows timm's resnet*, res2net*, mobilenetv2_* and bninception, and VideoClassifiers "
+        "of them"
     )
 
 
@@ -216,7 +239,7 @@ def _expected_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
             known = sorted(key if isinstance(key, str) else key.__name__ for key in _LAYOUTS)
             raise ValueError(f"no released layout for {site.kind} at {site.layer}; known: {', '.join(known)}")
         for name, value in layout.requires.items():
-            if (found := getattr(site.module, name)) != value:
+            if (found := attrgetter(name)(site.module)) != value:
                 raise ValueError(
                     f"{site.kind} at {site.layer} has {name}={found}; the released networks "
                     f"compute the form with {name}={value}"
@@ -236,7 +259,7 @@ def _expected_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
         if not names:
             raise ValueError(
                 f"{type(model).__name__} has {key}, which no released network has: load_released knows "
-                "timm's resnet*, mobilenetv2_* and bninception"
+                "timm's resnet*, res2net*, mobilenetv2_* and bninception"
             )
         expected[key] = tuple(f"{name}.{tensor}" for name in names)
     return expected
@@ -303,6 +326,8 @@ def _complaint(
         lines = [f"the checkpoint does not fit {ours}; nothing was loaded"]
     if any(".action_shift." in key for key in given):
         theirs = "ACTION modules: inject(model, 'action')"
+    elif any(".shifts." in key for key in given):
+        theirs = "TEA blocks: inject(model, 'tea')"
     elif any(".net." in key for key in given):
         theirs = "TSM's shifts: inject(model, 'tsm')"
     else:
