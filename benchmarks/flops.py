@@ -7,6 +7,7 @@ when the count rounds to the printed digits, both GFLOPs and parameters. G: 1e9 
 """
 
 import argparse
+import importlib.util
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -275,6 +276,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path in filter(None, (args.markdown, args.json, args.plot)):
         if not path.parent.is_dir():
             parser.error(f"cannot write {path}: {path.parent} is no directory")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error('--plot needs matplotlib: pip install -e ".[plot]"')
     done = []
     for table in TABLES:
         done.append((table, *run(table)))

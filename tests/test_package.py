@@ -1,0 +1,80 @@
+import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import temporal_excite as te
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def fresh(code):
+    """What a new interpreter prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_modules_need_no_timm():
+    code = "import sys; sys.modules['timm'] = None; from temporal_excite.modules import STE; print(STE(8))"
+    assert fresh(code).startswith("STE(")
+
+
+def test_import_loads_nothing_heavy():
+    code = "import timm, sys; old = set(sys.modules); import temporal_excite; print(*set(sys.modules) - old)"
+    loaded = {name.partition(".")[0] for name in fresh(code).split()}
+    assert "temporal_excite" in loaded
+    assert not loaded & {"fvcore", "matplotlib", "av", "einops", "pandas", "scipy"}
+
+
+def test_public_names():
+    assert te.__all__ == sorted(te.__all__, key=lambda name: (not name.isupper(), name.islower(), name))
+    for name in te.__all__:
+        assert (getattr(te, name).__doc__ or "").strip(), f"{name} has no docstring"
+    assert (ROOT / "temporal_excite" / "py.typed").exists()
+
+
+def test_metadata():
+    try:
+        metadata = importlib.metadata.metadata("temporal-excite")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("runs from the tree, not installed")
+    assert metadata["Version"] == te.__version__
+    assert metadata["License"] == "MIT"
+    assert {"plot", "test", "dev", "video"} <= set(metadata.get_all("Provides-Extra"))
+
+
+def test_readme_code_runs():
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    assert len(blocks[0].splitlines()) == 5  # one of them empty
+    names = {}
+    for block in blocks:
+        exec(block, names)
+    assert names["logits"].shape == (1, 174)
+    assert not te.sites(names["model"])
+
+
+def test_ci_runs_the_commands_of_the_readme():
+    """`.ci/run` takes them out of the README, so they cannot drift; what it looks for must be there."""
+    commands = [line for line in README.splitlines() if line.startswith("python3 -m venv")]
+    assert [command.rpartition(" && ")[2] for command in commands] == [
+        ".venv/bin/python benchmarks/flops.py",
+        ".venv/bin/python -m pytest",
+    ]
+    script = (ROOT / ".ci" / "run").read_text()
+    assert "grep '^python3 -m venv' README.md" in script
+    assert subprocess.run(["bash", "-n", ROOT / ".ci" / "run"], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "page",
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")],
+    ids=lambda p: p.name,
+)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert "://" in link or (page.parent / link).exists(), link
