@@ -162,6 +162,8 @@ class VideoFile:
 
         self.path = Path(path)
         self._av = av
+        # one for all frames: setting up a conversion costs ten times the conversion
+        self._reformatter = av.video.reformatter.VideoReformatter()
         try:
             self._container = av.open(str(path))
         except (av.FFmpegError, OSError, ValueError) as error:
@@ -173,10 +175,9 @@ class VideoFile:
             raise
 
     def _scan(self) -> None:
-        streams = self._container.streams.video
-        if not streams:
+        self._stream = self._container.streams.best("video")
+        if self._stream is None:
             raise VideoError(self.path, "holds no video stream")
-        self._stream = streams[0]
         # one thread: no delay after a seek, and data loaders already run one process a core
         self._stream.codec_context.thread_type = "NONE"
         self._stream.codec_context.thread_count = 1
@@ -191,17 +192,12 @@ class VideoFile:
             raise VideoError(self.path, "holds no frames")
         self._announced = len(packets)
         self._times: list[int] | None = None
-        self._keys: list[tuple[int, int]] = []
-        keys = [(pts, dts) for pts, dts, key in packets if key]
+        self._keys: list[tuple[int, int]] = []  # (pts, where to seek)
         times = [pts for pts, _, _ in packets if pts is not None]
-        exact = (
-            "avi" not in self._container.format.name
-            and len(set(times)) == len(packets)
-            and all(pts is not None and dts is not None for pts, dts in keys)
-            and bool(keys)
-            and keys[0][0] == min(times)
-        )
-        if exact:
+        keys = [(pts, pts if dts is None else dts) for pts, dts, key in packets if key and pts is not None]
+        # AVI stores no time stamps: those given are guesses unless decoding and display order are the same
+        guessed = "avi" in self._container.format.name and any(pts != dts for pts, dts, _ in packets)
+        if not guessed and len(set(times)) == len(packets) and keys and min(keys)[0] == min(times):
             self._times = sorted(times)
             self._keys = sorted(keys)
 
@@ -251,23 +247,27 @@ class VideoFile:
 
     def _read_group(self, key: tuple[int, int], targets: dict[int, int]) -> dict[int, np.ndarray]:
         """The frames at the time stamps ``targets``, between the key frame ``key`` and the next one."""
-        key_pts, key_dts = key
-        self._container.seek(key_dts, stream=self._stream)
+        key_pts, position = key
+        self._container.seek(position, stream=self._stream)
         context = self._stream.codec_context
+        intra = self._av.video.frame.PictureType.I
         pictures: dict[int, np.ndarray] = {}
-        started = False
+        found = clean = False
         try:
             for packet in self._container.demux(self._stream):
-                if not started:
-                    started = packet.pts == key_pts and packet.is_keyframe
-                    if not started:
-                        continue
+                found = found or (packet.is_keyframe and packet.pts == key_pts)
+                if not found:
+                    continue
                 context.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in targets else "NONREF"
                 for frame in packet.decode():
+                    if frame.pts is None or frame.is_corrupt:
+                        raise _Inexact
+                    if frame.pts == key_pts:
+                        clean = frame.pict_type == intra
+                    if frame.pts >= key_pts and not clean:  # a "key frame" that only begins a gradual refresh
+                        raise _Inexact
                     if frame.pts in targets:
-                        if frame.is_corrupt:  # the key frame was no clean start
-                            raise _Inexact
-                        pictures[targets[frame.pts]] = _rgb(frame)
+                        pictures[targets[frame.pts]] = self._rgb(frame)
                 if len(pictures) == len(targets):
                     return pictures
         finally:
@@ -279,13 +279,13 @@ class VideoFile:
         targets = set(wanted)
         count = 0
         with self._av.open(str(self.path)) as container:
-            stream = container.streams.video[0]
+            stream = container.streams[self._stream.index]
             stream.codec_context.thread_type = "NONE"
             for frame in container.decode(stream):
                 if count in targets:
                     if frame.is_corrupt:
                         raise VideoError(self.path, f"frame {count} is corrupt")
-                    pictures[count] = _rgb(frame)
+                    pictures[count] = self._rgb(frame)
                     if len(pictures) == len(targets):
                         return pictures
                 count += 1
@@ -293,8 +293,7 @@ class VideoFile:
             raise VideoError(self.path, "holds no decodable frame")
         raise FrameCountError(self.path, self._announced, count)
 
-
-def _rgb(frame: Any) -> np.ndarray:
-    picture = frame.to_ndarray(format="rgb24")
-    turns = round(frame.rotation / 90) % 4
-    return np.rot90(picture, turns) if turns else picture
+    def _rgb(self, frame: Any) -> np.ndarray:
+        picture = self._reformatter.reformat(frame, format="rgb24").to_ndarray()
+        turns = round(frame.rotation / 90) % 4
+        return np.rot90(picture, turns) if turns else picture

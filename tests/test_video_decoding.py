@@ -1,0 +1,211 @@
+import pickle
+
+import av
+import numpy as np
+import pytest
+from video_clips import decode_all, number_of, picture, write_folder, write_video
+
+from temporal_excite.video import FrameCountError, VideoError, open_frames, read_frames
+from temporal_excite.video.decoding import VideoFile
+
+UNEVEN = [sum([1, 4, 9, 2, 30][k % 5] for k in range(i)) for i in range(40)]  # variable frame rate
+
+# name -> how it is written, and whether time stamps suffice (otherwise it is decoded in order)
+VIDEOS = {
+    "long_gop.mp4": ({"options": {"g": "250"}}, True),
+    "short_gop.mp4": ({"options": {"g": "7"}}, True),
+    "b_frames.mp4": ({"options": {"g": "24", "bf": "5", "x264-params": "b-adapt=0:scenecut=0"}}, True),
+    "open_gop.mkv": ({"options": {"g": "12", "bf": "3", "x264-params": "open-gop=1:b-adapt=0"}}, True),
+    "open_gop.mp4": ({"options": {"g": "12", "bf": "3", "x264-params": "open-gop=1:b-adapt=0"}}, True),
+    "refresh.mkv": ({"options": {"g": "12", "x264-params": "intra-refresh=1:bframes=0"}}, False),
+    "uneven.mp4": ({"times": UNEVEN, "options": {"g": "10"}}, True),
+    "uneven.mkv": ({"times": UNEVEN, "options": {"g": "10"}}, True),
+    "intra.mp4": ({"options": {"g": "1"}}, True),
+    "fragments.mp4": (
+        {"options": {"g": "12", "bf": "2"}, "container_options": {"movflags": "frag_keyframe+empty_moov"}},
+        True,
+    ),
+    "vp9.webm": (
+        {"codec": "libvpx-vp9", "options": {"g": "12", "lag-in-frames": "16", "cpu-used": "8"}},
+        True,
+    ),
+    "vp8.webm": (
+        {"codec": "libvpx", "options": {"g": "12", "auto-alt-ref": "1", "lag-in-frames": "16"}},
+        True,
+    ),
+    "plain.avi": ({"codec": "mpeg4", "gop": 12, "max_b_frames": 0}, True),
+    "b_frames.avi": ({"codec": "mpeg4", "gop": 12, "max_b_frames": 2}, False),
+    "motion_jpeg.avi": ({"codec": "mjpeg"}, True),
+    "one_frame.mp4": ({"frames": 1}, True),
+}
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_sought_frames_are_those_of_a_full_decode(name, tmp_path, monkeypatch):
+    options, by_time = VIDEOS[name]
+    path = write_video(tmp_path / name, **options)
+    frames = decode_all(path)
+    assert [number_of(frame) for frame in frames] == list(range(options.get("frames", 40)))
+    in_order = []
+    plain = VideoFile._read_in_order
+    monkeypatch.setattr(VideoFile, "_read_in_order", lambda *a: (in_order.append(1), plain(*a))[1])
+    everything = list(range(len(frames)))
+    samples = np.random.default_rng(0).integers(0, len(frames), (4, 8)).tolist()
+    with open_frames(path) as video:
+        assert len(video) == len(frames)
+        for indices in [everything, everything[::-1], *samples, *([i] for i in everything)]:
+            got = video.read(indices)
+            assert got.shape == (len(indices), 3, *frames[0].shape[:2])
+            for k, i in enumerate(indices):
+                assert np.array_equal(got[k].permute(1, 2, 0).numpy(), frames[i]), (indices, i)
+    assert bool(in_order) != by_time
+
+
+def test_only_frames_near_the_sample_are_decoded(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "v.mp4", frames=100, options={"g": "10", "bf": "0"})
+    with VideoFile(path) as video:
+        converted = []
+        plain = video._rgb
+        monkeypatch.setattr(video, "_rgb", lambda frame: (converted.append(frame.pts), plain(frame))[1])
+        fed = []
+        demux = video._container.demux
+
+        class Container:
+            def __getattr__(self, name):
+                return getattr(container, name)
+
+            def demux(self, stream):
+                for packet in demux(stream):
+                    fed.append(packet.pts)
+                    yield packet
+
+        container = video._container
+        video._container = Container()
+        video.read([55])
+    assert len(converted) == 1
+    assert len(fed) <= 10  # from key frame 50 on (here one more group at most), not from 0
+
+
+def test_the_best_video_stream_is_read(tmp_path):
+    path = tmp_path / "two.avi"
+    with av.open(str(path), "w") as container:
+        streams = []
+        for size in ((48, 64), (96, 128)):
+            stream = container.add_stream("libx264", rate=25)
+            stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
+            streams.append(stream)
+        for i in range(5):
+            for stream in streams:
+                image = picture(i, stream.height, stream.width)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        for stream in streams:
+            container.mux(stream.encode(None))
+    got = read_frames(path, [0, 4])
+    assert got.shape == (2, 3, 96, 128) and number_of(got[1].permute(1, 2, 0).numpy()) == 4
+
+
+@pytest.mark.parametrize(
+    ("pattern", "first"),
+    [("{:05d}.jpg", 1), ("img_{:05d}.jpg", 1), ("frame{:06d}.png", 0), ("{:d}.jpeg", 7)],
+)
+def test_frame_folders(pattern, first, tmp_path):
+    folder = write_folder(tmp_path / "clip", 12, pattern, first)
+    (folder / "notes.txt").write_text("not a picture")
+    for given in (None, pattern):
+        with open_frames(folder, given) as frames:
+            assert len(frames) == 12
+            got = frames.read([11, 0, 3, 3])
+    assert [number_of(g.permute(1, 2, 0).numpy()) for g in got] == [11, 0, 3, 3]
+
+
+def test_folders_of_two_kinds_need_a_pattern(tmp_path):
+    folder = write_folder(tmp_path / "clip", 5, "img_{:05d}.jpg")
+    write_folder(tmp_path / "flow", 5, "flow_x_{:05d}.jpg")
+    for file in (tmp_path / "flow").iterdir():
+        file.rename(folder / file.name)
+    with pytest.raises(VideoError, match=r"clip: holds several kinds of pictures, flow_x_\*.jpg \(5\), img_"):
+        open_frames(folder)
+    assert len(open_frames(folder, "img_{:05d}.jpg")) == 5
+    with pytest.raises(VideoError, match=r"holds no pictures named '\{:05d\}.jpg'"):
+        open_frames(folder, "{:05d}.jpg")
+
+
+def test_broken_folders_are_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(VideoError, match="empty: holds no numbered pictures"):
+        open_frames(tmp_path / "empty")
+    gap = write_folder(tmp_path / "gap", 6)
+    (gap / "00004.jpg").unlink()
+    with pytest.raises(VideoError, match="gap: picture number 4 is missing"):
+        open_frames(gap)
+    for name, content in (("garbage", b"no picture"), ("nothing", b""), ("half", None)):
+        folder = write_folder(tmp_path / name, 6)
+        file = folder / "00003.jpg"
+        file.write_bytes(file.read_bytes()[:600] if content is None else content)
+        assert len(read_frames(folder, [0, 1, 3, 4, 5])) == 5
+        with pytest.raises(VideoError, match=f"{name}/00003.jpg: not a readable picture"):
+            read_frames(folder, [2])
+    mixed = write_folder(tmp_path / "mixed", 3)
+    from PIL import Image
+
+    Image.fromarray(picture(0, 24, 32)).save(mixed / "00002.jpg")
+    with pytest.raises(VideoError, match="mixed: frames of different sizes"):
+        read_frames(mixed, [0, 1])
+
+
+def test_broken_files_are_named(tmp_path):
+    with pytest.raises(VideoError, match=r"gone\.mp4: no such file or folder"):
+        read_frames(tmp_path / "gone.mp4", [0])
+    whole = write_video(tmp_path / "whole.mp4").read_bytes()
+    for name, content in (
+        ("empty.mp4", b""),
+        ("text.avi", b"not a video at all"),
+        ("no_index.mp4", whole[: len(whole) // 2]),
+    ):
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(VideoError, match=f"{name}: "):
+            read_frames(path, [0])
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=44100, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.rate = 44100
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with pytest.raises(VideoError, match=r"sound\.mp4: holds no video stream"):
+        read_frames(tmp_path / "sound.mp4", [0])
+
+
+def test_a_file_cut_short_gives_its_frames_or_an_error(tmp_path):
+    whole = write_video(
+        tmp_path / "whole.mp4", 40, options={"g": "10"}, container_options={"movflags": "faststart"}
+    )
+    reference = decode_all(whole)
+    content = whole.read_bytes()
+    for part in (0.5, 0.7, 0.9):
+        path = tmp_path / f"cut{part}.mp4"
+        path.write_bytes(content[: int(len(content) * part)])
+        try:
+            with open_frames(path) as video:
+                length = len(video)
+                assert length < 40
+                got = video.read(list(range(length)))
+        except VideoError as error:
+            assert path.name in str(error)
+            continue
+        # never a frame that is not the video's: the last one may be damaged
+        for i in range(length - 1):
+            assert np.array_equal(got[i].permute(1, 2, 0).numpy(), reference[i])
+
+
+def test_index_errors_name_the_range(tmp_path):
+    folder = write_folder(tmp_path / "clip", 4)
+    for index in (4, -1):
+        with pytest.raises(IndexError, match=rf"clip: frame {index} asked for, .* 0 \.\. 3"):
+            read_frames(folder, [index])
+
+
+def test_errors_cross_process_borders(tmp_path):
+    for error in (VideoError(tmp_path, "broken"), FrameCountError(tmp_path, 5, 3)):
+        again = pickle.loads(pickle.dumps(error))
+        assert type(again) is type(error) and str(again) == str(error) and vars(again) == vars(error)
