@@ -86,24 +86,6 @@ def test_only_frames_near_the_sample_are_decoded(tmp_path, monkeypatch):
     assert len(fed) <= 10  # from key frame 50 on (here one more group at most), not from 0
 
 
-def test_the_best_video_stream_is_read(tmp_path):
-    path = tmp_path / "two.avi"
-    with av.open(str(path), "w") as container:
-        streams = []
-        for size in ((48, 64), (96, 128)):
-            stream = container.add_stream("libx264", rate=25)
-            stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
-            streams.append(stream)
-        for i in range(5):
-            for stream in streams:
-                image = picture(i, stream.height, stream.width)
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        for stream in streams:
-            container.mux(stream.encode(None))
-    got = read_frames(path, [0, 4])
-    assert got.shape == (2, 3, 96, 128) and number_of(got[1].permute(1, 2, 0).numpy()) == 4
-
-
 @pytest.mark.parametrize(
     ("pattern", "first"),
     [("{:05d}.jpg", 1), ("img_{:05d}.jpg", 1), ("frame{:06d}.png", 0), ("{:d}.jpeg", 7)],
