@@ -52,17 +52,26 @@ def check_frames(x: Tensor, n_segment: int, channels: int) -> None:
 
 def to_clips(x: Tensor, n_segment: int) -> Tensor:
     """View ``(N*T, ...)`` as ``(N, T, ...)``."""
-    return x.unflatten(0, (-1, n_segment))
+    # the quotient, not -1: an exporter then keeps one symbol for the number of clips
+    return x.view(x.shape[0] // n_segment, n_segment, *x.shape[1:])
 
 
-def previous(clips: Tensor) -> Tensor:
-    """``(N, T, ...)`` moved so that frame t holds frame t-1; the first frame is zero."""
-    return torch.cat([torch.zeros_like(clips[:, :1]), clips[:, :-1]], dim=1)
+def previous(frames: Tensor, n_segment: int) -> Tensor:
+    """Frames moved so that frame t of a clip holds frame t-1; the first frame is zero."""
+    return _moved(torch.cat([frames[-1:], frames[:-1]]), n_segment, vacated=0)
 
 
-def following(clips: Tensor) -> Tensor:
-    """``(N, T, ...)`` moved so that frame t holds frame t+1; the last frame is zero."""
-    return torch.cat([clips[:, 1:], torch.zeros_like(clips[:, :1])], dim=1)
+def following(frames: Tensor, n_segment: int) -> Tensor:
+    """Frames moved so that frame t of a clip holds frame t+1; the last frame is zero."""
+    return _moved(torch.cat([frames[1:], frames[:1]]), n_segment, vacated=n_segment - 1)
+
+
+def _moved(frames: Tensor, n_segment: int, vacated: int) -> Tensor:
+    # No view by clips: an exporter keeps the batch one symbol, where each round of splitting and joining
+    # it would multiply the expression for it
+    position = torch.arange(frames.shape[0], device=frames.device) % n_segment
+    mask = (position == vacated).view(-1, *[1] * (frames.ndim - 1))
+    return frames.masked_fill_(mask, 0)
 
 
 def sum_taps(before: Tensor, now: Tensor, after: Tensor, n_segment: int) -> Tensor:
@@ -70,31 +79,31 @@ def sum_taps(before: Tensor, now: Tensor, after: Tensor, n_segment: int) -> Tens
 
     With the three taps of a temporal convolution applied frame by frame this is the convolution.
     """
-    return (
-        previous(to_clips(before, n_segment))
-        + to_clips(now, n_segment)
-        + following(to_clips(after, n_segment))
-    ).flatten(0, 1)
+    return previous(before, n_segment) + now + following(after, n_segment)
 
 
 def temporal_conv(x: Tensor, weight: Tensor, n_segment: int) -> Tensor:
-    """Depthwise temporal convolution with kernel 3 and zero padding.
+    """Temporal convolution with kernel 3 and zero padding, depthwise or full.
 
-    ``y[t] = w[:, 0] x[t-1] + w[:, 1] x[t] + w[:, 2] x[t+1]`` per channel.
+    ``y[t] = W[..., 0] x[t-1] + W[..., 1] x[t] + W[..., 2] x[t+1]`` at each position.
 
     Args:
         x: ``(N*T, C, H, W)``.
-        weight: ``(C, 1, 3)``.
+        weight: ``(C, 1, 3)`` for a depthwise one, ``(C_out, C, 3)`` for a full one.
         n_segment: T.
     """
     weight = weight.to(x.dtype)
+    if weight.shape[1] > 1:
+        # three 1x1 convolutions in one; moving their outputs in time spares copies of the input
+        taps = F.conv2d(x, weight.permute(2, 0, 1).flatten(0, 1)[..., None, None])
+        before, now, after = taps.chunk(3, dim=1)
+        return sum_taps(before, now, after, n_segment)
     if _countable:
         clips = to_clips(x.flatten(2), n_segment).transpose(1, 2)  # (N, C, T, H*W)
         y = F.conv2d(clips, weight.unsqueeze(-1), padding=(1, 0), groups=x.shape[1])
         return y.transpose(1, 2).reshape(x.shape)
     before, now, after = weight.view(-1, 3, 1, 1).unbind(1)
-    clips = to_clips(x, n_segment)
-    return (previous(clips) * before + clips * now + following(clips) * after).flatten(0, 1)
+    return sum_taps(x * before, x * now, x * after, n_segment)
 
 
 def clipwise_temporal_conv(x: Tensor, kernel: Tensor, n_segment: int) -> Tensor:

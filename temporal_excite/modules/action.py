@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import following, positive_int, previous, to_clips
+from ..ops import following, positive_int, previous, temporal_conv
 from .base import TemporalModule
 from .registry import register_module
 from .tsm import TemporalConv
@@ -57,8 +57,8 @@ class STE(Excitation):
             nn.init.kaiming_uniform_(self.weight, a=5**0.5)
 
     def gate(self, x: Tensor) -> Tensor:
-        mean = to_clips(x.mean(dim=1, keepdim=True), self.n_segment)
-        taps = torch.cat([previous(mean), mean, following(mean)], dim=2).flatten(0, 1)
+        mean = x.mean(dim=1, keepdim=True)
+        taps = torch.cat([previous(mean, self.n_segment), mean, following(mean, self.n_segment)], dim=1)
         return F.conv2d(taps, self.weight, padding=1).sigmoid()
 
 
@@ -97,8 +97,7 @@ class CE(Excitation):
 
     def gate(self, x: Tensor) -> Tensor:
         pooled = self.squeeze(F.adaptive_avg_pool2d(x, 1))
-        clips = to_clips(pooled.flatten(1), self.n_segment).transpose(1, 2)
-        mixed = self.act(self.temporal(clips)).transpose(1, 2).reshape(pooled.shape)
+        mixed = self.act(temporal_conv(pooled, self.temporal.weight, self.n_segment))
         return self.expand(mixed).sigmoid()
 
 
@@ -134,9 +133,8 @@ class ME(Excitation):
     def motion(self, x: Tensor) -> Tensor:
         """The pooled motion F, ``(N*T, squeezed, 1, 1)``."""
         features = self.norm(self.squeeze(x))
-        ahead, now = (to_clips(f, self.n_segment) for f in (self.transform(features), features))
-        motion = F.pad(ahead[:, 1:] - now[:, :-1], (0, 0, 0, 0, 0, 0, 0, 1)).flatten(0, 1)
-        return F.adaptive_avg_pool2d(motion, 1)
+        arrived = self.transform(features) - previous(features, self.n_segment)  # F[t-1] at frame t
+        return following(F.adaptive_avg_pool2d(arrived, 1), self.n_segment)
 
 
 class ActionModule(TemporalModule):

@@ -5,10 +5,9 @@ is TEA (Li et al., CVPR 2020), appendix A, Eq. 10, and the first step of the rel
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import following, positive_int, previous, sum_taps, temporal_conv, to_clips
+from ..ops import following, positive_int, previous, temporal_conv
 from .base import TemporalModule
 from .registry import register_module
 
@@ -29,9 +28,9 @@ class TemporalShift(TemporalModule):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
-        clips = to_clips(x, self.n_segment)
-        to_past, to_future, rest = clips.tensor_split((self.fold, 2 * self.fold), dim=2)
-        return torch.cat([following(to_past), previous(to_future), rest], dim=2).flatten(0, 1)
+        to_past, to_future, rest = x.tensor_split((self.fold, 2 * self.fold), dim=1)
+        moved = following(to_past, self.n_segment), previous(to_future, self.n_segment)
+        return torch.cat([*moved, rest], dim=1)
 
 
 class TemporalConv(TemporalModule):
@@ -84,12 +83,7 @@ class TemporalConv(TemporalModule):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
-        if self.depthwise:
-            return temporal_conv(x, self.weight, self.n_segment)
-        # three 1x1 convolutions in one; moving their outputs in time spares copies of the input
-        taps = F.conv2d(x, self.weight.permute(2, 0, 1).flatten(0, 1)[..., None, None])
-        before, now, after = taps.chunk(3, dim=1)
-        return sum_taps(before, now, after, self.n_segment)
+        return temporal_conv(x, self.weight, self.n_segment)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, init={self.init!r}, depthwise={self.depthwise}"

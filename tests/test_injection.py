@@ -1,0 +1,303 @@
+"""inject, eject, sites and set_n_segment on the papers' hosts, and what an injected model must survive."""
+
+import copy
+import io
+import pickle
+import re
+
+import pytest
+import timm
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+
+import temporal_excite as te
+
+T = 4
+HOSTS = {"resnet18": 8, "resnet50": 16, "mobilenetv2_050": 10}
+MODULES = {
+    "action": te.ActionModule,
+    "ste": te.ActionModule,
+    "ce": te.ActionModule,
+    "me": te.ActionModule,
+    "shift": te.TemporalConv,
+    "tsm": te.TemporalShift,
+}
+
+
+def build(name: str = "resnet18", **kwargs) -> nn.Module:
+    torch.manual_seed(0)
+    model = timm.create_model(name, pretrained=False, num_classes=5, **kwargs).eval()
+    for module in model.modules():  # timm starts the last norm of a block at zero, which would hide a site
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1)
+    return model
+
+
+def frames(clips: int = 1, size: int = 32) -> torch.Tensor:
+    return torch.randn(clips * T, 3, size, size, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("module", MODULES)
+def test_inject_and_eject(host, module):
+    model, x = build(host), frames()
+    keys, before = list(model.state_dict()), model(x)
+    assert te.inject(model, module, n_segment=T) is model
+    found = te.sites(model)
+    assert len(found) == HOSTS[host]
+    assert all(type(site.module) is MODULES[module] for site in found)
+    assert [k for k in model.state_dict() if ".temporal." not in k] == keys
+    assert not torch.allclose(model(x), before, rtol=1e-3)
+    assert te.eject(model) is model
+    assert list(model.state_dict()) == keys and torch.equal(model(x), before)
+    assert not te.sites(model)
+    te.inject(model, module, n_segment=T)
+
+
+def test_sites_of_the_papers():
+    """Supplement A: every bottleneck of ResNet-50, its shortcut untouched."""
+    found = te.sites(te.inject(build("resnet50"), n_segment=T))
+    assert [s.channels for s in found] == [64, *[256] * 3, *[512] * 4, *[1024] * 6, *[2048] * 2]
+    assert [s.stage for s in found] == [2] * 3 + [3] * 4 + [4] * 6 + [5] * 3
+    assert found[0].block == "layer1.0" and found[0].layer == "layer1.0.conv1"
+    table = str(found).splitlines()
+    assert len(table) == 18 and table[0].startswith("block")
+    added = sum(s.parameters for s in found)
+    assert table[-1] == f"16 sites, {added:,} added parameters"
+
+
+def test_keywords_reach_the_module():
+    model = te.inject(build(), "action", T, reduction=4, paths=("ce",), shift=False)
+    assert te.sites(model)[-1].module.ce.squeeze.out_channels == 512 // 4
+    assert "layer1.0.conv1.temporal.ce.squeeze.weight" in model.state_dict()
+    assert not any("shift" in key for key in model.state_dict())
+
+
+@pytest.mark.parametrize("module", [te.STE, lambda channels, n_segment: te.ME(channels, n_segment)])
+def test_class_or_factory(module):
+    assert len(te.sites(te.inject(build(), module, n_segment=T))) == 8
+
+
+def test_registered_name():
+    class Scale(nn.Module):
+        def __init__(self, channels: int, n_segment: int = 8, factor: float = 2.0) -> None:
+            super().__init__()
+            self.factor = factor
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.factor
+
+    te.register_module("scale", Scale)
+    try:
+        assert "scale" in te.module_names()
+        model = te.inject(build(), "scale", T, factor=0.5)
+        assert {s.module.factor for s in te.sites(model)} == {0.5}
+        with pytest.raises(ValueError, match="'scale' is taken"):
+            te.register_module("scale", Scale)
+    finally:
+        from temporal_excite.modules import registry
+
+        del registry._MODULES["scale"]
+
+
+def blocks(model: nn.Module) -> list[str]:
+    return [s.block for s in te.sites(model)]
+
+
+def test_selection():
+    assert blocks(te.inject(build(), n_segment=T, stages=(2, 5))) == [
+        f"layer{i}.{j}" for i in (1, 4) for j in (0, 1)
+    ]
+    assert blocks(te.inject(build(), n_segment=T, include=r"\.1$")) == [f"layer{i}.1" for i in (1, 2, 3, 4)]
+    assert blocks(te.inject(build(), n_segment=T, include="layer[12]", exclude=r"\.0")) == [
+        "layer1.1",
+        "layer2.1",
+    ]
+    assert blocks(te.inject(build(), n_segment=T, exclude=lambda name: "layer4" in name))[-1] == "layer3.1"
+    assert blocks(te.inject(build(), n_segment=T, every=2)) == [f"layer{i}.0" for i in (1, 2, 3, 4)]
+
+
+def test_every_second_block_of_deep_resnets():
+    with torch.device("meta"):
+        deep = timm.create_model("resnet101")
+        named = blocks(te.inject(deep, "shift"))
+        assert [named.count(f"layer3.{i}") for i in range(4)] == [1, 0, 1, 0]
+        assert len(te.sites(deep)) == 2 + 2 + 12 + 2
+        assert len(te.sites(te.inject(timm.create_model("resnet101"), "shift", every=1))) == 33
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("placement", ["loc1", "loc2", "loc3", "loc4"])
+def test_placements(host, placement):
+    """Each placement fires once a block, and the shortcut is left alone."""
+    model, x = build(host), frames()
+    calls = []
+
+    class Zero(nn.Module):
+        def __init__(self, channels: int, n_segment: int) -> None:
+            super().__init__()
+            self.channels = channels
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            calls.append(x.shape[1])
+            return x.detach()
+
+    te.inject(model, Zero, T, placement)
+    found = te.sites(model)
+    model(x)
+    assert calls == [s.channels for s in found]
+    for site in found[:3]:
+        block = model.get_submodule(site.block)
+        channels = next(p.shape[1] for p in block.parameters() if p.ndim == 4)
+        z = torch.rand(T, channels, 8, 8, requires_grad=True)
+        shortcut = block.downsample(z) if getattr(block, "downsample", None) is not None else z
+        out = block(z)
+        after = out > 0 if "resnet" in host else torch.ones_like(out)  # the ReLU after the addition
+        (want,) = torch.autograd.grad((shortcut * after).sum(), z)
+        (got,) = torch.autograd.grad(out.sum(), z)
+        assert torch.allclose(got, want, atol=1e-6)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("module", ["action", "shift"])
+def test_identity_start_keeps_the_networks_output(host, module):
+    model, x = build(host), frames()
+    before = model(x)
+    assert torch.equal(te.inject(model, module, n_segment=T, identity_start=True)(x), before)
+
+
+def test_one_frame_clips():
+    model = te.inject(build(), n_segment=1)
+    x = frames()
+    torch.testing.assert_close(model(x)[:1], model(x[:1]))
+
+
+def test_set_n_segment():
+    model, x = te.inject(build(), n_segment=T), frames(2)
+    a = model(x)
+    assert te.set_n_segment(model, 8) is model
+    assert {m.n_segment for s in te.sites(model) for m in s.module.modules() if hasattr(m, "n_segment")} == {
+        8
+    }
+    assert not torch.allclose(model(x), a, rtol=1e-3)
+    assert torch.equal(te.set_n_segment(model, T)(x), a)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_copies_run_their_own_modules(host):
+    model, x = te.inject(build(host), n_segment=T), frames()
+    before = model(x)
+    ema = ModelEmaV3(model, decay=0.0)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), ema.module):
+        assert torch.equal(twin(x), before)
+        for site in te.sites(twin):
+            nn.init.zeros_(site.module.shift.weight)
+        assert not torch.allclose(twin(x), before, rtol=1e-3)
+        assert torch.equal(model(x), before)
+    ema.update(model)
+    assert torch.equal(ema.module(x), before)
+
+
+def test_state_dict_round_trips():
+    x, plain, source = frames(), build(), te.inject(build(), n_segment=T)
+    buffer = io.BytesIO()
+    torch.save(source.state_dict(), buffer)
+    buffer.seek(0)
+    target = te.inject(timm.create_model("resnet18", num_classes=5).eval(), n_segment=T)
+    target.load_state_dict(torch.load(buffer, weights_only=True))
+    assert torch.equal(target(x), source(x))
+    missing, unexpected = target.load_state_dict(plain.state_dict(), strict=False)
+    assert not unexpected and missing and all(".temporal." in key for key in missing)
+
+
+def test_memory_format_dtype_and_mode():
+    model, x = te.inject(build("mobilenetv2_050").train(), n_segment=T), frames()
+    assert all(s.module.training for s in te.sites(model))
+    model = model.eval()
+    before = model(x)
+    model.to(memory_format=torch.channels_last)
+    y = model(x.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(y, before, rtol=1e-3, atol=1e-3 * before.detach().abs().max().item())
+    double = te.inject(build().double(), n_segment=T)
+    assert double(frames().double()).dtype == torch.float64
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.isfinite(double.float()(frames())).all()
+
+
+def test_gradients_reach_every_parameter():
+    model = te.inject(build("mobilenetv2_050").train(), n_segment=T)
+    model(frames(2)).pow(2).sum().backward()
+    assert not [n for n, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
+
+
+@pytest.mark.parametrize("module", ["action", "tsm"])
+def test_compile_and_export(module):
+    model, x = te.inject(build(), module, n_segment=T), frames(2)
+    before = model(x)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), before)
+    batch = torch.export.Dim("clips", min=1, max=64)
+    exported = torch.export.export(model, (x,), dynamic_shapes=({0: T * batch},)).module()
+    for clips in (1, 2, 3):
+        torch.testing.assert_close(exported(frames(clips)), model(frames(clips)))
+
+
+def test_injecting_into_a_compiled_model_counts():
+    model, x = build(), frames()
+    compiled = torch.compile(model, backend="eager")
+    before = compiled(x)
+    te.inject(model, "tsm", n_segment=T)
+    torch.testing.assert_close(compiled(x), model(x))
+    assert not torch.allclose(compiled(x), before, rtol=1e-3)
+    te.eject(model)
+    torch.testing.assert_close(compiled(x), before)
+
+
+BAD = [
+    (dict(module="acton"), ValueError, "unknown module 'acton'; known modules: action, ce, me"),
+    (dict(module=3), TypeError, "got 3"),
+    (dict(placement="loc5"), ValueError, "unknown placement 'loc5'; known: loc1, loc2, loc3, loc4"),
+    (dict(n_segment=0), ValueError, "n_segment must be at least 1, got 0"),
+    (dict(n_segment=-8), ValueError, "n_segment must be at least 1, got -8"),
+    (dict(n_segment="8"), TypeError, "n_segment must be an int, got '8'"),
+    (dict(every=0), ValueError, "every must be at least 1, got 0"),
+    (dict(stages=(2, 6)), ValueError, r"stages \[6\] .* \[2, 3, 4, 5\]"),
+    (dict(include="layer9"), ValueError, "no site in ResNet.*layer9"),
+    (dict(exclude=""), ValueError, "no site in ResNet"),
+    (dict(reduction=0), ValueError, "reduction must be at least 1, got 0"),
+    (dict(reductions=4), TypeError, "reductions"),
+    (dict(module="tsm", identity_start=True), TypeError, "identity_start"),
+]
+
+
+@pytest.mark.parametrize("kwargs, error, message", BAD)
+def test_bad_arguments_leave_the_model_alone(kwargs, error, message):
+    model = build()
+    keys, before = list(model.state_dict()), model(frames())
+    with pytest.raises(error, match=message):
+        te.inject(model, **{"n_segment": T, **kwargs})
+    assert list(model.state_dict()) == keys and torch.equal(model(frames()), before)
+    assert not te.sites(model)
+
+
+def test_wrong_states():
+    model = build()
+    for call in (te.eject, lambda m: te.set_n_segment(m, 8)):
+        with pytest.raises(RuntimeError, match="ResNet holds no temporal modules"):
+            call(model)
+    te.inject(model, "tsm", n_segment=T)
+    with pytest.raises(RuntimeError, match=r"ResNet already holds 8 .*eject"):
+        te.inject(model, "action", n_segment=T)
+    with pytest.raises(ValueError, match="n_segment must be at least 1, got 0"):
+        te.set_n_segment(model, 0)
+    assert {s.module.n_segment for s in te.sites(model)} == {T}
+    with pytest.raises(ValueError, match=re.escape("3 frames are not a multiple of n_segment=4")):
+        model(torch.zeros(3, 3, 32, 32))
+
+
+def test_models_without_sites():
+    with pytest.raises(ValueError, match="no site in Sequential"):
+        te.inject(nn.Sequential(nn.Conv2d(3, 8, 3)))
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got str"):
+        te.inject("resnet50")
