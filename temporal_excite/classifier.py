@@ -2,6 +2,7 @@
 
 import inspect
 
+from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from .ops import positive_int
@@ -76,7 +77,7 @@ class VideoClassifier(nn.Module):
                     f"clips {tuple(x.shape)} have {x.shape[1]} frames, the model n_segment={segments}: "
                     f"feed clips of {segments} frames, or set_n_segment(model, {x.shape[1]})"
                 )
-            x = x.flatten(0, 1)
+            x = rearrange(x, "n t c h w -> (n t) c h w")
         elif x.ndim != 4:
             raise ValueError(
                 f"expected clips (N, T, 3, H, W) or frames (N*T, 3, H, W), got {x.ndim}-D {tuple(x.shape)}"
@@ -86,7 +87,7 @@ class VideoClassifier(nn.Module):
                 f"{x.shape[0]} frames are not a multiple of n_segment={segments}: feed whole clips, "
                 "or call set_n_segment(model, T) for clips of T frames"
             )
-        return self._frame_logits(x).unflatten(0, (-1, segments)).mean(dim=1)
+        return reduce(self._frame_logits(x), "(n t) classes -> n classes", "mean", t=segments)
 
     def _frame_logits(self, x: Tensor) -> Tensor:
         if not (self.training and self.dropout.p):
