@@ -120,6 +120,8 @@ def two_plus_one(
     """
     if conv not in TEMPORAL_CONVS:
         raise ValueError(f"unknown conv {conv!r}; known: {', '.join(TEMPORAL_CONVS)}")
+    if excite not in (None, "me", "se"):
+        raise ValueError(f"excite must be None, 'me' or 'se', got {excite!r}")
     plan = []
     for block in blocks:
         anchor = "out:bn1" if _is_res2net(block) else block.anchor("loc2")
