@@ -3,7 +3,8 @@
     python benchmarks/flops.py [--markdown FILE] [--json FILE] [--plot FILE]
 
 "counted" is the convention of ACTION-Net's tables, "fvcore" fvcore's own (docs/complexity.md). A row fits
-when the count rounds to the printed digits, both GFLOPs and parameters. G: 1e9 multiply-accumulates, M: 1e6.
+when the count rounds to the printed digits, both GFLOPs and parameters; TEFE's are compared by fvcore's
+convention, the others by ACTION-Net's. G: 1e9 multiply-accumulates, M: 1e6.
 """
 
 import argparse
@@ -52,25 +53,39 @@ class Result:
     row: Row
     paper: Complexity
     fvcore: Complexity
+    base: Complexity | None = None
+    """The baseline's count, in the convention the row is printed in."""
+
+    @property
+    def counted(self) -> Complexity:
+        """The count in the convention the row is printed in."""
+        return self.fvcore if self.row.convention == "fvcore" else self.paper
 
     @property
     def fits(self) -> bool | None:
         """Whether GFLOPs and parameters round to the printed ones; None where nothing is printed."""
-        pairs = ((self.paper.flops / 1e9, self.row.gflops), (self.paper.parameters / 1e6, self.row.mparams))
+        counted = self.counted
+        pairs = ((counted.flops / 1e9, self.row.gflops), (counted.parameters / 1e6, self.row.mparams))
         checks = [_fits(value, printed) for value, printed in pairs if printed is not None]
         return all(checks) if checks else None
 
 
 def run(table: Table) -> tuple[list[Result], list[Eta]]:
     """Count all networks of a table."""
-    results = {row.label: Result(row, **_count(row, row.classes)) for row in table.rows}
+    rows = {row.label: row for row in table.rows}
+    results = {}
+    for row in table.rows:
+        base = row.baseline and _count(rows[row.baseline], row.classes)[row.convention]
+        results[row.label] = Result(row, **_count(row, row.classes), base=base or None)
     etas = []
     for row in table.rows:
         if row.baseline is None:
             continue
         base = results[row.baseline].row
         # like for like: the same counter and the same number of classes on both sides
-        percent = _percent(results[row.label].paper.flops, _count(base, row.classes)["paper"].flops)
+        found = results[row.label]
+        assert found.base is not None
+        percent = _percent(found.counted.flops, found.base.flops)
         printed_percent = None
         if row.gflops and base.gflops:
             printed_percent = _percent(float(row.gflops), float(base.gflops))
@@ -101,6 +116,7 @@ def complexity_cells(results: Iterable[Result]) -> list[Cells]:
         "counted G",
         "difference",
         "fvcore G",
+        "x baseline",
         "printed M",
         "counted M",
         "fits",
@@ -113,8 +129,9 @@ def complexity_cells(results: Iterable[Result]) -> list[Cells]:
                 r.row.classes,
                 r.row.gflops,
                 f"{r.paper.flops / 1e9:.4f}",
-                None if r.row.gflops is None else f"{r.paper.flops / 1e9 - float(r.row.gflops):+.4f}",
+                None if r.row.gflops is None else f"{r.counted.flops / 1e9 - float(r.row.gflops):+.4f}",
                 f"{r.fvcore.flops / 1e9:.4f}",
+                None if r.base is None else f"{r.counted.flops / r.base.flops:.4f}",
                 r.row.mparams,
                 f"{r.paper.parameters / 1e6:.4f}",
                 _mark(r.fits),

@@ -3,7 +3,7 @@ import json
 import flops
 import published
 import pytest
-from published import EGO, JESTER, TABLE_3, TABLE_4, TABLE_5, TABLES, Row, Table
+from published import EGO, JESTER, TABLE_3, TABLE_4, TABLE_5, TABLES, TEA, TEFE, Row, Table
 
 SMALL = {"backbone": "resnet18", "clip": (4, 3, 32, 32)}
 TABLE = Table(
@@ -56,7 +56,7 @@ def test_every_printed_row_fits_but_those_that_say_why(all_tables):
     assert {(e.label, e.dataset) for e in etas if e.fits is False} == {("ResNet-50 ACTION", EGO)}
     assert all(bool(r.row.why) == (r.fits is False) for r in results)
     assert all(bool(e.why) == (e.fits is False) for e in etas)
-    assert sum(r.fits is True for r in results) == 11
+    assert sum(r.fits is True for r in results) == 11 + 3 + 2
     assert sum(e.fits is True for e in etas) == 12
 
 
@@ -93,6 +93,23 @@ def test_efficiency_like_for_like(all_tables):
     assert etas[TABLE_4.title, "res2,3,4,5", EGO] == pytest.approx(2.587, abs=5e-4)
 
 
+@pytest.mark.slow
+def test_tea_and_tefe(all_tables):
+    """The figures of the text beside the tables: 1.06x, 2 x 35, 271 = 90 + 181."""
+    found = {r.row.label: r for _, results, _ in all_tables for r in results}
+    tea, large, frames16 = (found[label] for label in ("TEA", "TEA, 256x256", "TEA, 16 frames"))
+    assert tea.fvcore.flops / 1e9 == pytest.approx(34.744, abs=1e-3)
+    assert tea.paper.parameters == 24_456_280
+    assert tea.base and f"{tea.paper.flops / tea.base.flops:.2f}" == "1.06"
+    assert large.base and f"{large.paper.flops / large.base.flops:.2f}" == "1.31"
+    assert frames16.paper.flops == 2 * tea.paper.flops
+    few, many = found["TEFE, 8 frames"], found["TEFE, 16 frames"]
+    assert [round(r.fvcore.flops / 1e9, 2) for r in (few, many)] == [90.44, 180.88]
+    assert round((few.fvcore.flops + many.fvcore.flops) / 1e9) == 271
+    assert few.paper.parameters == 64_940_590
+    assert found["TEFE, 8 frames, 224x224"].fvcore.flops / 1e9 == pytest.approx(79.14, abs=5e-3)
+
+
 def test_printed_numbers_are_consistent():
     for table in TABLES:
         labels = [row.label for row in table.rows]
@@ -102,7 +119,7 @@ def test_printed_numbers_are_consistent():
             assert row.eta.keys() <= row.top1.keys()
             assert row.eta_why.keys() <= row.eta.keys()
     assert len([eta for row in TABLE_5.rows for eta in row.eta]) == 9
-    assert published.TABLES == (TABLE_3, TABLE_4, TABLE_5)
+    assert published.TABLES == (TABLE_3, TABLE_4, TABLE_5, TEA, TEFE)
 
 
 def test_a_row_fits_by_the_printed_digits(small):
