@@ -470,9 +470,9 @@ def _attach(model: nn.Module, insertion: Insertion) -> None:
             below.__dict__["fuse"] = _refuse_fuse
 
 
-def _hooks(layer: nn.Module) -> Iterator[Callable[..., Any]]:
-    yield from layer._forward_pre_hooks.values()
-    yield from layer._forward_hooks.values()
+def _hooks(layer: nn.Module) -> list[Callable[..., Any]]:
+    # no generator: Dynamo traces _Watch, and does not know how to close one
+    return [*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()]
 
 
 def _to_like(module: nn.Module, like: nn.Module) -> nn.Module:

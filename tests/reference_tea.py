@@ -6,24 +6,6 @@ from reference import at, batch_norm, frames_of, motion, stack, temporal_conv
 from torch import Tensor, nn
 
 
-def randomise(module: nn.Module) -> nn.Module:
-    """Random weights and batch-norm statistics, so that nothing is hidden by a zero or a one."""
-    for p in module.parameters():
-        nn.init.normal_(p, std=0.5)
-    for m in module.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.running_mean.normal_()
-            m.running_var.uniform_(0.5, 2)
-    return module
-
-
-def gradients(y: Tensor, inputs: list[Tensor]) -> list[Tensor]:
-    """Gradients of a fixed random projection of y."""
-    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
-    grads = torch.autograd.grad((y * weights).sum(), inputs, allow_unused=True)
-    return [torch.zeros_like(i) if g is None else g for g, i in zip(grads, inputs, strict=True)]
-
-
 def unit_norm(channels: int) -> nn.BatchNorm2d:
     """A batch norm that changes nothing."""
     norm = nn.BatchNorm2d(channels, eps=0).double().eval()

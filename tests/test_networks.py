@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from reference_tea import randomise
+from test_modules import randomise
 from test_tea import RES2NET, RESNET, frames, network
 from timm.utils import ModelEmaV3
 from torch import nn

@@ -9,7 +9,7 @@ import timm
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from reference_tea import gradients, randomise
+from test_modules import gradients, randomise
 from timm.models.res2net import Bottle2neck
 from timm.models.resnet import Bottleneck, ResNet
 from torch import nn

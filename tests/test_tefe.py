@@ -8,7 +8,7 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference_tea import gradients, randomise
+from test_modules import gradients, randomise
 from test_tea import frames, network
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
