@@ -20,6 +20,7 @@ from .modules import (
     network_names,
     register_module,
     register_network,
+    set_fast,
 )
 
 try:
@@ -52,6 +53,7 @@ __all__ = [
     "register_host",
     "register_module",
     "register_network",
+    "set_fast",
     "set_n_segment",
     "sites",
 ]

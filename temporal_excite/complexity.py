@@ -16,6 +16,7 @@ from torch import nn
 
 from ._text import columns
 from .injection import CHILD, sites
+from .modules.base import set_fast
 from .ops import countable
 
 CONVENTIONS = ("fvcore", "paper")
@@ -71,7 +72,9 @@ class Complexity:
         return "\n".join([*lines, f"not counted: {skipped or 'nothing'}"])
 
 
-def count(model: nn.Module, clip_shape: Sequence[int], convention: str = "fvcore") -> Complexity:
+def count(
+    model: nn.Module, clip_shape: Sequence[int], convention: str = "fvcore", *, fast: bool = False
+) -> Complexity:
     """Count parameters and FLOPs of a network in eval mode, in total and for each temporal module.
 
     Runs one forward pass on a copy of the model on the CPU; the model itself is not touched.
@@ -84,6 +87,8 @@ def count(model: nn.Module, clip_shape: Sequence[int], convention: str = "fvcore
             multiply-accumulate, batch norm 2 per element, adaptive average pooling 1 per input element.
             ``"paper"`` is what ACTION-Net's Tables 3 and 5 hold: also 1 per output of a ReLU, 1 per input
             of any pooling, 1 per output for a bias.
+        fast: count the modules' fast form (docs/performance.md) instead of the published one, which is what
+            the papers' numbers are about.
 
     Raises:
         TypeError: ``model`` is not a module, or ``clip_shape`` not a sequence of ints.
@@ -92,10 +97,10 @@ def count(model: nn.Module, clip_shape: Sequence[int], convention: str = "fvcore
     """
     if convention not in CONVENTIONS:
         raise ValueError(f"unknown convention {convention!r}; known: {', '.join(CONVENTIONS)}")
-    return count_all(model, clip_shape)[convention]
+    return count_all(model, clip_shape, fast=fast)[convention]
 
 
-def count_all(model: nn.Module, clip_shape: Sequence[int]) -> dict[str, Complexity]:
+def count_all(model: nn.Module, clip_shape: Sequence[int], *, fast: bool = False) -> dict[str, Complexity]:
     """:func:`count` by every convention, from one forward pass."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -107,7 +112,7 @@ def count_all(model: nn.Module, clip_shape: Sequence[int]) -> dict[str, Complexi
             f"clip_shape {shape} holds clips of {shape[-4]} frames, but the model's n_segment is "
             f"{', '.join(map(str, sorted(segments)))}: call set_n_segment(model, {shape[-4]}) first"
         )
-    by_module, paper_only, unknown = _trace(model, (math.prod(shape[:-3]), *shape[-3:]))
+    by_module, paper_only, unknown = _trace(model, (math.prod(shape[:-3]), *shape[-3:]), fast)
     parameters = sum(p.numel() for p in model.parameters())
     found = {}
     for convention in CONVENTIONS:
@@ -166,7 +171,7 @@ def _clip_shape(clip_shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _trace(
-    model: nn.Module, frames: tuple[int, ...]
+    model: nn.Module, frames: tuple[int, ...], fast: bool
 ) -> tuple[dict[str, Counter[str]], Counter[str], Counter[str]]:
     """(counts by module and operator in the paper's convention, calls of the operators that are in that
     convention alone, calls of operators without a cost in either)."""
@@ -177,7 +182,7 @@ def _trace(
         warnings.filterwarnings("ignore", message=r".*torch\.jit", category=DeprecationWarning)
         from fvcore.nn import FlopCountAnalysis
 
-        analysis = FlopCountAnalysis(_twin(model), torch.zeros(frames))
+        analysis = FlopCountAnalysis(_twin(model, fast), torch.zeros(frames))
         analysis.set_op_handle(**_handles(paper_only))
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         try:
@@ -190,9 +195,9 @@ def _trace(
     return canonical, paper_only, unknown
 
 
-def _twin(model: nn.Module) -> nn.Module:
+def _twin(model: nn.Module, fast: bool) -> nn.Module:
     """A copy to trace: eval mode, on the CPU in float32, since a trace needs memory and every operator."""
-    twin = copy.deepcopy(model).eval()
+    twin = set_fast(copy.deepcopy(model).eval(), fast)
     if any(t.is_meta for t in (*twin.parameters(), *twin.buffers())):
         twin.to_empty(device="cpu")
         with torch.no_grad():

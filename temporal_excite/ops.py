@@ -1,7 +1,7 @@
 """The tensor functions temporal modules share. Frames come as ``(N*T, C, H, W)``, clip after clip."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -122,3 +122,57 @@ def clipwise_temporal_conv(x: Tensor, kernel: Tensor, n_segment: int) -> Tensor:
     kernel = kernel[:, None].expand(-1, n_segment, -1, -1).flatten(0, 1)[..., None, None]
     before, now, after = kernel.unbind(2)
     return sum_taps(x * before, x * now, x * after, n_segment)
+
+
+def window_means(x: Tensor) -> Tensor:
+    """What the taps of a zero-padded 3x3 kernel see of ``x`` on average, ``(..., H, W)`` to ``(..., 3, 3)``.
+
+    ``out[ky, kx] = 1 / (H W) * sum x[i, j]`` over the positions ``(i, j)`` that tap ``(ky, kx)`` meets inside
+    the map: all, but for the last row at ``ky = 0`` and the first row at ``ky = 2``; columns likewise.
+    So it takes nine sums only: of everything, of the outer rows and columns, and the corners. The mean of a
+    convolution with kernel K is ``(K * out).sum((-2, -1))``, exactly. Computed in float32 at least.
+    """
+    top, bottom, left, right = x[..., :1, :], x[..., -1:, :], x[..., :1], x[..., -1:]
+    sums = (
+        (x, left, right),
+        (top, top[..., :1], top[..., -1:]),
+        (bottom, bottom[..., :1], bottom[..., -1:]),
+    )
+    by_column = [_seen_by_taps([spatial_sum(part) for part in line], dim=-1) for line in sums]
+    return _seen_by_taps(by_column, dim=-2) / (x.shape[-2] * x.shape[-1])
+
+
+def _seen_by_taps(sums: Sequence[Tensor], dim: int) -> Tensor:
+    """Of a sum over a line, given with its first and its last summand, the parts that three taps see."""
+    total, first, last = sums
+    return torch.stack((total - last, total, total - first), dim)
+
+
+def spatial_sum(x: Tensor) -> Tensor:
+    """``x.sum((-2, -1))`` of ``(..., H, W)``, in float32 at least."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if x.shape[-2:] == (1, 1):
+        return x[..., 0, 0].to(wide)
+    if _countable:
+        return F.adaptive_avg_pool2d(x, 1)[..., 0, 0] * (x.shape[-2] * x.shape[-1])
+    if x.is_contiguous():
+        return x.flatten(-2).sum(-1, dtype=wide)  # one long line is summed faster than many short ones
+    return x.sum((-2, -1), dtype=wide)
+
+
+def spatial_mean(x: Tensor) -> Tensor:
+    """``x.mean((-2, -1), keepdim=True)`` of ``(..., H, W)``, in float32 at least."""
+    return (spatial_sum(x) / (x.shape[-2] * x.shape[-1]))[..., None, None]
+
+
+def channel_mean(x: Tensor) -> Tensor:
+    """``x.mean(1, keepdim=True)``, in float32 at least."""
+    return x.mean(1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def full_precision(x: Tensor) -> AbstractContextManager:
+    """No autocast on the device of ``x``: for operations on pooled values, where rounding would show."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()

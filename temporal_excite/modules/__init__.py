@@ -1,6 +1,7 @@
 """The temporal modules, one file a paper. They need torch alone."""
 
 from .action import CE, ME, STE, ActionModule
+from .base import set_fast
 from .registry import module_names, network_names, register_module, register_network
 from .tea import MTA, MotionExcitation, TEABlock
 from .tefe import FEModule, TEModule
@@ -22,4 +23,5 @@ __all__ = [
     "network_names",
     "register_module",
     "register_network",
+    "set_fast",
 ]

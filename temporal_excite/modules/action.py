@@ -5,13 +5,15 @@ what the authors' released code computes; docs/fidelity.md lists where the text 
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import following, positive_int, previous, temporal_conv
+from .. import passes
+from ..ops import channel_mean, following, full_precision, positive_int, previous, spatial_mean, temporal_conv
 from .base import TemporalModule
 from .registry import register_module
 from .tsm import TemporalConv
@@ -35,7 +37,12 @@ class Excitation(TemporalModule):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
-        return x * _combine([self.gate(x)], self.identity_start).to(x.dtype)
+        if not self.fast:
+            return x * _combine([self.gate(x)], self.identity_start).to(x.dtype)
+        return passes.recompute(self._excite, x, self)
+
+    def _excite(self, x: Tensor) -> Tensor:
+        return passes.gate(x, _combine([self.gate(x)], self.identity_start))
 
 
 class STE(Excitation):
@@ -57,9 +64,10 @@ class STE(Excitation):
             nn.init.kaiming_uniform_(self.weight, a=5**0.5)
 
     def gate(self, x: Tensor) -> Tensor:
-        mean = x.mean(dim=1, keepdim=True)
-        taps = torch.cat([previous(mean, self.n_segment), mean, following(mean, self.n_segment)], dim=1)
-        return F.conv2d(taps, self.weight, padding=1).sigmoid()
+        with full_precision(x) if self.fast else nullcontext():
+            mean = channel_mean(x) if self.fast else x.mean(dim=1, keepdim=True)
+            taps = torch.cat([previous(mean, self.n_segment), mean, following(mean, self.n_segment)], dim=1)
+            return F.conv2d(taps, self.weight.to(taps.dtype), padding=1).sigmoid()
 
 
 class CE(Excitation):
@@ -96,9 +104,14 @@ class CE(Excitation):
             nn.init.zeros_(self.expand.weight)
 
     def gate(self, x: Tensor) -> Tensor:
-        pooled = self.squeeze(F.adaptive_avg_pool2d(x, 1))
-        mixed = self.act(temporal_conv(pooled, self.temporal.weight, self.n_segment))
-        return self.expand(mixed).sigmoid()
+        return self.gate_of_mean(spatial_mean(x) if self.fast else F.adaptive_avg_pool2d(x, 1))
+
+    def gate_of_mean(self, mean: Tensor) -> Tensor:
+        """The mask for frames whose spatial mean is ``mean``, ``(N*T, C, 1, 1)``."""
+        with full_precision(mean):
+            pooled = self.squeeze(mean.to(self.squeeze.weight.dtype))
+            mixed = self.act(temporal_conv(pooled, self.temporal.weight, self.n_segment))
+            return self.expand(mixed).sigmoid()
 
 
 class ME(Excitation):
@@ -128,13 +141,44 @@ class ME(Excitation):
             nn.init.zeros_(self.expand.weight)
 
     def gate(self, x: Tensor) -> Tensor:
-        return self.expand(self.motion(x)).sigmoid()
+        return self.gate_of_motion(self.motion(x))
+
+    def gate_of_motion(self, motion: Tensor) -> Tensor:
+        """The mask for the pooled motion F."""
+        with full_precision(motion):
+            return self.expand(motion.to(self.expand.weight.dtype)).sigmoid()
 
     def motion(self, x: Tensor) -> Tensor:
         """The pooled motion F, ``(N*T, squeezed, 1, 1)``."""
+        if self.fast and self.linear:
+            return self.motion_of_windows(passes.window_means(x), *x.shape[2:])
         features = self.norm(self.squeeze(x))
         arrived = self.transform(features) - previous(features, self.n_segment)  # F[t-1] at frame t
         return following(F.adaptive_avg_pool2d(arrived, 1), self.n_segment)
+
+    @property
+    def linear(self) -> bool:
+        """Whether everything before the sigmoid is linear: the batch norm's statistics are fixed."""
+        return (
+            type(self.squeeze) is nn.Conv2d
+            and type(self.transform) is nn.Conv2d
+            and (isinstance(self.norm, nn.Identity) or _is_affine(self.norm))
+        )
+
+    def motion_of_windows(self, windows: Tensor, height: int, width: int) -> Tensor:
+        """The pooled motion F of frames of that size whose :func:`~.ops.window_means` are ``windows``."""
+        with full_precision(windows):
+            features = F.conv2d(windows, self.squeeze.weight.to(windows.dtype))
+            if not isinstance(self.norm, nn.Identity):
+                scale, offset = _scale_and_offset(self.norm, windows.dtype)
+                # the share of positions at which each tap meets the map: what a constant's mean becomes
+                edge = torch.arange(-1, 2, device=windows.device, dtype=windows.dtype).abs()
+                share = torch.outer(1 - edge / height, 1 - edge / width)
+                features = features * scale + offset * share
+            kernel = self.transform.weight.to(windows.dtype)
+            ahead = F.conv2d(features, kernel, groups=len(kernel))
+            arrived = ahead - previous(features[:, :, 1:2, 1:2], self.n_segment)  # F[t-1] at frame t
+            return following(arrived, self.n_segment)
 
 
 class ActionModule(TemporalModule):
@@ -195,15 +239,57 @@ class ActionModule(TemporalModule):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
+        if not self.fast:
+            y = self.shift(x)
+            gates = [getattr(self, path).gate(y) for path in self.paths]
+            return y * _combine(gates, self.identity_start).to(x.dtype)
+        return passes.recompute(self._excite, x, self)
+
+    def _excite(self, x: Tensor) -> Tensor:
         y = self.shift(x)
-        excitations: list[Excitation] = [getattr(self, path) for path in self.paths]
-        return y * _combine([e.gate(y) for e in excitations], self.identity_start).to(x.dtype)
+        channel = self._channel_gates(x, y)
+        pixel = [self.ste.gate(y)] if "ste" in self.paths else []
+        n = len(self.paths)
+        # ... * (n + sum), or * (1 + mean of (2 gate - 1)) = * (2 / n * sum)
+        factor, constant = (2 / n, 0) if self.identity_start else (1, n)
+        first, *rest = [torch.stack(gates).sum(0) * factor for gates in (channel, pixel) if gates]
+        return passes.gate(y, first + constant, *rest, reuse=y is not x)
+
+    def _channel_gates(self, x: Tensor, y: Tensor) -> list[Tensor]:
+        """The masks of CE and ME for y = shift(x), from pooled values alone where that is possible.
+
+        A temporal convolution works on every position alike: pooled values of y are those of x, convolved.
+        """
+        if "me" in self.paths and self.me.fast and self.me.linear:
+            windows = self.shift(passes.window_means(x))
+            gates = [self.me.gate_of_motion(self.me.motion_of_windows(windows, *x.shape[2:]))]
+            if "ce" in self.paths:
+                gates.append(self.ce.gate_of_mean(windows[:, :, 1:2, 1:2]))
+            return gates
+        return [getattr(self, path).gate(y) for path in ("ce", "me") if path in self.paths]
 
 
 def _combine(gates: list[Tensor], centred: bool) -> Tensor:
     """``P + sum gates``, or ``1 + mean (2 gate - 1)``: what the paths multiply their input with."""
     total = sum(gates[1:], gates[0])
     return 1 + (2 * total - len(gates)) / len(gates) if centred else len(gates) + total
+
+
+def _is_affine(norm: nn.Module) -> bool:
+    """Whether a norm scales and offsets each channel by what it holds, whatever the input."""
+    if type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm):
+        return not norm.training and norm.running_mean is not None
+    return type(norm).__name__ == "FrozenBatchNorm2d"  # torchvision's, which timm freezes norms to
+
+
+def _scale_and_offset(norm: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of an affine norm, each ``(C, 1, 1)``."""
+    mean, var = (getattr(norm, name).to(dtype) for name in ("running_mean", "running_var"))
+    scale = (var + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.to(dtype)
+    offset = -mean * scale if norm.bias is None else norm.bias.to(dtype) - mean * scale
+    return scale[:, None, None], offset[:, None, None]
 
 
 register_module("action", ActionModule)

@@ -1,8 +1,12 @@
 """What every temporal module has in common: its shape contract."""
 
+from typing import TypeVar
+
 from torch import Tensor, nn
 
 from ..ops import check_frames, positive_int
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class TemporalModule(nn.Module):
@@ -14,6 +18,10 @@ class TemporalModule(nn.Module):
         channels: C.
         n_segment: T, the number of frames of a clip.
     """
+
+    fast: bool = True
+    """Whether to compute by the rearrangements of docs/performance.md, equal up to rounding, or step by step
+    as published (see :func:`~temporal_excite.set_fast`)."""
 
     def __init__(self, channels: int, n_segment: int = 8) -> None:
         super().__init__()
@@ -29,3 +37,17 @@ class TemporalModule(nn.Module):
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}, n_segment={self.n_segment}"
+
+
+def set_fast(model: Model, fast: bool) -> Model:
+    """Let every temporal module of a model compute by its fast form, or step by step as published; in place.
+
+    Both give the same result up to rounding. Modules start fast.
+
+    Returns:
+        The same model.
+    """
+    for module in model.modules():
+        if isinstance(module, TemporalModule):
+            module.fast = fast
+    return model

@@ -8,6 +8,7 @@ Li, Ji, Shi, Zhang, Kang, Wang: TEA: Temporal Excitation and Aggregation for Act
 import torch
 from torch import Tensor, nn
 
+from .. import passes
 from ..ops import positive_int
 from .action import ME
 from .base import TemporalModule
@@ -51,12 +52,13 @@ class MotionExcitation(ME):
 
     def gate(self, x: Tensor) -> Tensor:
         """The motion-attentive weights A, ``(N*T, C, 1, 1)``."""
-        gate = self.norm2(self.expand(self.motion(x))).sigmoid() - 0.5
+        motion = self.motion(x).to(self.expand.weight.dtype)
+        gate = self.norm2(self.expand(motion)).sigmoid() - 0.5
         return gate if self.form == "released" else 2 * gate
 
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
-        gate = self.gate(x)
+        gate = passes.recompute(self.gate, x, self) if self.fast else self.gate(x)
         return x * (1 + gate if self.residual else gate).to(x.dtype)
 
     def extra_repr(self) -> str:

@@ -7,6 +7,7 @@ is TEA (Li et al., CVPR 2020), appendix A, Eq. 10, and the first step of the rel
 import torch
 from torch import Tensor, nn
 
+from .. import passes
 from ..ops import following, positive_int, previous, temporal_conv
 from .base import TemporalModule
 from .registry import register_module
@@ -28,6 +29,8 @@ class TemporalShift(TemporalModule):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
+        if self.fast:
+            return passes.part_shift(x, self.fold, self.n_segment)
         to_past, to_future, rest = x.tensor_split((self.fold, 2 * self.fold), dim=1)
         moved = following(to_past, self.n_segment), previous(to_future, self.n_segment)
         return torch.cat([*moved, rest], dim=1)
@@ -83,6 +86,8 @@ class TemporalConv(TemporalModule):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
+        if self.depthwise and self.fast:
+            return passes.temporal_conv(x, self.weight, self.n_segment)
         return temporal_conv(x, self.weight, self.n_segment)
 
     def extra_repr(self) -> str:

@@ -1,0 +1,264 @@
+"""Passes over full-size tensors, arranged for memory traffic.
+
+Each function has the value, and the gradient, of the plain line its docstring gives. In eager mode it blocks
+its loops so that intermediate results stay in cache and keeps nothing for backward but its inputs; a graph
+(``torch.compile``, ``torch.export``, tracing) gets the plain line, which a compiler fuses by itself.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from . import ops
+from .ops import following, previous, to_clips
+
+_BLOCK = 1 << 20  # bytes; what a pass works on at a time, small enough for a core's share of the cache
+
+
+def in_graph() -> bool:
+    """Whether the calls are being recorded into a graph."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def recompute(function: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module) -> Tensor:
+    """``function(x)``, keeping only ``x`` for backward, which computes the rest again.
+
+    ``module`` owns the parameters; its batch norms' running statistics move once.
+    """
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *module.parameters()))
+    if in_graph() or not needs_grad or _holds_other_norms(module):
+        return function(x)
+    contexts = partial(_recompute_contexts, module)
+    result: Tensor = checkpoint(
+        function, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+    )
+    return result
+
+
+def _recompute_contexts(module: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    return nullcontext(), _still_statistics(module)
+
+
+def _holds_other_norms(module: nn.Module) -> bool:
+    """Whether a batch norm in training is not PyTorch's own for one process: a second run may differ."""
+    return any(
+        isinstance(m, _BatchNorm) and m.training and type(m) is not nn.BatchNorm2d for m in module.modules()
+    )
+
+
+@contextmanager
+def _still_statistics(module: nn.Module) -> Iterator[None]:
+    """Batch norms normalise as ever, but move copies of their running statistics."""
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
+    buffers = [dict(norm._buffers) for norm in norms]
+    try:
+        for norm, own in zip(norms, buffers, strict=True):
+            norm._buffers.update({k: None if v is None else v.clone() for k, v in own.items()})
+        yield
+    finally:
+        for norm, own in zip(norms, buffers, strict=True):
+            norm._buffers.update(own)
+
+
+def temporal_conv(x: Tensor, weight: Tensor, n_segment: int) -> Tensor:
+    """:func:`~temporal_excite.ops.temporal_conv`:
+    ``y[t] = w[:, 0] x[t-1] + w[:, 1] x[t] + w[:, 2] x[t+1]``."""
+    if in_graph():
+        return ops.temporal_conv(x, weight, n_segment)
+    result: Tensor = _TemporalConv.apply(x, weight, n_segment)
+    return result
+
+
+class _TemporalConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, n_segment: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.n_segment = n_segment
+        last_layout = _is_channels_last(x)
+        y = torch.empty_like(x, memory_format=torch.channels_last if last_layout else torch.contiguous_format)
+        taps = weight.to(x.dtype)[:, 0].T
+        if last_layout:  # rows of W * C: a loop over C alone would be too short
+            source, target = (t.permute(0, 2, 3, 1).flatten(2) for t in (x, y))
+            before, now, after = taps.repeat(1, x.shape[3])
+        else:
+            source, target = x.flatten(2), y.flatten(2)
+            before, now, after = taps.unsqueeze(2)
+        source, target = to_clips(source, n_segment), to_clips(target, n_segment)
+        for clips, first, last in _blocks(source):
+            old, new = source[clips], target[clips]
+            torch.mul(old[:, first:last], now, out=new[:, first:last])
+            low, high = max(first, 1), min(last, n_segment - 1)
+            if low < last:
+                new[:, low:last].addcmul_(old[:, low - 1 : last - 1], before)
+            if first < high:
+                new[:, first:high].addcmul_(old[:, first + 1 : high + 1], after)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:  # the adjoint convolution: taps in reverse order
+            grad_x = temporal_conv(grad, weight.flip(-1), ctx.n_segment)
+        if ctx.needs_input_grad[1]:
+            g, clips = to_clips(grad, ctx.n_segment), to_clips(x, ctx.n_segment)
+            pairs = ((g[:, 1:], clips[:, :-1]), (g, clips), (g[:, :-1], clips[:, 1:]))
+            sums = [_sum_of_products(a, b) for a, b in pairs]
+            grad_weight = torch.stack(sums, -1).unsqueeze(1).to(weight.dtype)
+        return grad_x, grad_weight, None
+
+
+def window_means(x: Tensor) -> Tensor:
+    """:func:`~temporal_excite.ops.window_means`."""
+    if in_graph():
+        return ops.window_means(x)
+    result: Tensor = _WindowMeans.apply(x)
+    return result
+
+
+class _WindowMeans(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        ctx.layout = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
+        return ops.window_means(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        # tap 0 does not see the last row, tap 2 not the first; columns likewise
+        *_, height, width = ctx.shape
+        grad = (grad / (height * width)).to(ctx.dtype)
+        lines = grad.sum(-1, keepdim=True).expand(-1, -1, -1, width).clone()
+        lines[..., 0] -= grad[..., 2]
+        lines[..., -1] -= grad[..., 0]
+        full = lines.sum(2, keepdim=True).expand(ctx.shape).clone(memory_format=ctx.layout)
+        full[:, :, 0] -= lines[:, :, 2]
+        full[:, :, -1] -= lines[:, :, 0]
+        return full
+
+
+def gate(y: Tensor, channel: Tensor, pixel: Tensor | None = None, *, reuse: bool = False) -> Tensor:
+    """``y * (channel + pixel)`` with ``channel`` ``(N*T, C, 1, 1)`` and ``pixel`` ``(N*T, 1, H, W)``.
+
+    Without ``pixel`` the first may be either. ``reuse`` allows the result in the memory of ``y`` where
+    no gradient is needed.
+    """
+    gates = [g for g in (channel, pixel) if g is not None]
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (y, *gates))
+    if pixel is None:
+        channel = channel.to(y.dtype)
+        return y.mul_(channel) if reuse and not needs_grad and not in_graph() else y * channel
+    if in_graph():
+        return y * (channel + pixel).to(y.dtype)
+    if needs_grad:
+        result: Tensor = _Gate.apply(y, channel, pixel)
+        return result
+    return _gate(y, channel, pixel, y if reuse else None)
+
+
+def _gate(y: Tensor, channel: Tensor, pixel: Tensor, out: Tensor | None) -> Tensor:
+    last_layout = _is_channels_last(y)
+    if out is None or not (last_layout or out.is_contiguous()):
+        layout = torch.channels_last if last_layout else torch.contiguous_format
+        out = torch.empty_like(y, memory_format=layout)
+    if last_layout:
+        views = [t.permute(0, 2, 3, 1).flatten(1, 2) for t in (y, out, channel, pixel)]
+    else:
+        views = [t.flatten(2) for t in (y, out, channel, pixel)]
+    source, target, channel, pixel = views
+    step = _frames_per_block(source)
+    both = torch.empty_like(source[:step])
+    for first in range(0, len(source), step):
+        frames = slice(first, first + step)
+        total = torch.add(channel[frames], pixel[frames], out=both[: len(source) - first])
+        torch.mul(source[frames], total, out=target[frames])
+    return out
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, channel: Tensor, pixel: Tensor) -> Tensor:
+        ctx.save_for_backward(y, channel, pixel)
+        return _gate(y, channel, pixel, None)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y, channel, pixel = ctx.saved_tensors
+        grad_y = gate(grad, channel, pixel)
+        if torch.is_grad_enabled():  # a graph of the gradient is wanted
+            product = grad * y
+            return grad_y, product.sum((2, 3), keepdim=True), product.sum(1, keepdim=True)
+        grad_channel, grad_pixel = torch.empty_like(channel), torch.empty_like(pixel)
+        step = _frames_per_block(y)
+        for first in range(0, len(y), step):
+            frames = slice(first, first + step)
+            product = grad[frames] * y[frames]
+            grad_channel[frames] = product.sum((2, 3), keepdim=True, dtype=channel.dtype)
+            grad_pixel[frames] = product.sum(1, keepdim=True, dtype=pixel.dtype)
+        return grad_y, grad_channel, grad_pixel
+
+
+def part_shift(x: Tensor, fold: int, n_segment: int) -> Tensor:
+    """Channels ``[0, fold)`` from the next frame, ``[fold, 2*fold)`` from the previous, zeros at the ends."""
+    if in_graph():
+        to_past, to_future, rest = x.tensor_split((fold, 2 * fold), dim=1)
+        return torch.cat([following(to_past, n_segment), previous(to_future, n_segment), rest], dim=1)
+    result: Tensor = _PartShift.apply(x, fold, n_segment, False)
+    return result
+
+
+class _PartShift(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, fold: int, n_segment: int, reverse: bool) -> Tensor:
+        ctx.options = fold, n_segment, not reverse
+        y = torch.empty_like(x)
+        source, target = to_clips(x, n_segment), to_clips(y, n_segment)
+        target[:, :, 2 * fold :] = source[:, :, 2 * fold :]
+        to_past, to_future = slice(0, fold), slice(fold, 2 * fold)
+        if reverse:
+            to_past, to_future = to_future, to_past
+        target[:, :-1, to_past] = source[:, 1:, to_past]
+        target[:, -1, to_past] = 0
+        target[:, 1:, to_future] = source[:, :-1, to_future]
+        target[:, 0, to_future] = 0
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _PartShift.apply(grad, *ctx.options), None, None, None
+
+
+def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
+    """``a * b`` of ``(N, T, C, H, W)`` summed to ``(C,)``; one clip's product at a time exists."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return torch.stack([(u * v).sum((0, 2, 3), dtype=wide) for u, v in zip(a, b, strict=True)]).sum(0)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _frames_per_block(frames: Tensor) -> int:
+    """How many frames a pass takes at a time: on a CPU as many as stay in cache, elsewhere all."""
+    if frames.device.type != "cpu":
+        return max(1, len(frames))
+    return max(1, _BLOCK // max(1, frames[:1].numel() * frames.element_size()))
+
+
+def _blocks(clips: Tensor) -> Iterator[tuple[slice, int, int]]:
+    """Cut ``(N, T, ...)`` into blocks: ``(clips, first frame, last frame + 1)``."""
+    n, t = clips.shape[:2]
+    step = _frames_per_block(clips.flatten(0, 1))
+    if step >= t:
+        for first in range(0, n, step // t):
+            yield slice(first, first + step // t), 0, t
+    else:
+        for clip in range(n):
+            for first in range(0, t, step):
+                yield slice(clip, clip + 1), first, min(first + step, t)
