@@ -151,12 +151,15 @@ def _seen_by_taps(sums: Sequence[Tensor], dim: int) -> Tensor:
 def spatial_sum(x: Tensor) -> Tensor:
     """``x.sum((-2, -1))`` of ``(..., H, W)``, in float32 at least."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    if x.shape[-2:] == (1, 1):
-        return x[..., 0, 0].to(wide)
     if _countable:
         return F.adaptive_avg_pool2d(x, 1)[..., 0, 0] * (x.shape[-2] * x.shape[-1])
+    # one long line is summed faster than many short ones
+    if x.shape[-2] == 1:
+        return x[..., 0, :].sum(-1, dtype=wide)
+    if x.shape[-1] == 1:
+        return x[..., 0].sum(-1, dtype=wide)
     if x.is_contiguous():
-        return x.flatten(-2).sum(-1, dtype=wide)  # one long line is summed faster than many short ones
+        return x.flatten(-2).sum(-1, dtype=wide)
     return x.sum((-2, -1), dtype=wide)
 
 
