@@ -6,7 +6,7 @@ its loops so that intermediate results stay in cache and keeps nothing for backw
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -42,7 +42,7 @@ def recompute(function: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module
 
 
 def _recompute_contexts(module: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
-    return nullcontext(), _still_statistics(module)
+    return nullcontext(), _StillStatistics(module)
 
 
 def _holds_other_norms(module: nn.Module) -> bool:
@@ -52,17 +52,23 @@ def _holds_other_norms(module: nn.Module) -> bool:
     )
 
 
-@contextmanager
-def _still_statistics(module: nn.Module) -> Iterator[None]:
-    """Batch norms normalise as ever, but move copies of their running statistics."""
-    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
-    buffers = [dict(norm._buffers) for norm in norms]
-    try:
-        for norm, own in zip(norms, buffers, strict=True):
+class _StillStatistics:
+    """While entered, batch norms normalise as ever, but move copies of their running statistics.
+
+    May be entered again: each backward pass through a kept graph recomputes.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
+        self.own: list[dict[str, Tensor | None]] = []
+
+    def __enter__(self) -> None:
+        self.own = [dict(norm._buffers) for norm in self.norms]
+        for norm, own in zip(self.norms, self.own, strict=True):
             norm._buffers.update({k: None if v is None else v.clone() for k, v in own.items()})
-        yield
-    finally:
-        for norm, own in zip(norms, buffers, strict=True):
+
+    def __exit__(self, *error: object) -> None:
+        for norm, own in zip(self.norms, self.own, strict=True):
             norm._buffers.update(own)
 
 
