@@ -1,0 +1,212 @@
+"""The fast forms give what the published forms give, step by step: outputs, gradients, running statistics."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import temporal_excite as te
+from temporal_excite.ops import window_means
+
+MODULES = {
+    "action": te.ActionModule,
+    "text": lambda c, t: te.ActionModule(c, t, shift=False, relu=False),
+    "centred": lambda c, t: te.ActionModule(c, t, identity_start=True),
+    "ce+me": lambda c, t: te.ActionModule(c, t, paths=("ce", "me")),
+    "ste": te.STE,
+    "ce": te.CE,
+    "me": te.ME,
+    "tsm": te.TemporalShift,
+    "shift": te.TemporalConv,
+}
+
+
+def build(name, channels, n_segment, dtype=torch.float64):
+    """A module with nothing at a special value."""
+    module = MODULES[name](channels, n_segment)
+    with torch.no_grad():
+        for tensor in module.parameters():
+            tensor.normal_(std=0.5)
+        for key, tensor in module.named_buffers():
+            if tensor.is_floating_point():
+                tensor.uniform_(0.5, 1.5)
+    return module.to(dtype)
+
+
+def frames(shape, layout, dtype=torch.float64):
+    n, c, h, w = shape
+    if layout == "sliced":
+        return torch.randn(n, c + 2, h, w, dtype=dtype)[:, 1:-1]
+    x = torch.randn(shape, dtype=dtype)
+    return x.to(memory_format=torch.channels_last) if layout == "channels_last" else x
+
+
+def results(module, x, weight, fast):
+    """Output, gradients and buffers of a copy of the module."""
+    module = te.set_fast(copy.deepcopy(module), fast)
+    x = x.detach().requires_grad_()
+    out = module(x)
+    grads = torch.autograd.grad(out, [x, *module.parameters()], weight)
+    found = [out.detach(), *grads, *(b.double() for b in module.buffers())]
+    if not module.training:
+        with torch.no_grad():
+            found.append(module(x))
+    return found
+
+
+def relative(a, b):
+    return float((a.detach() - b.detach()).norm() / b.detach().norm().clamp_min(1e-300))
+
+
+@pytest.mark.parametrize("name", MODULES)
+@settings(max_examples=20, deadline=None)
+@given(
+    channels=st.integers(1, 36),
+    n_segment=st.integers(1, 5),
+    clips=st.integers(1, 2),
+    height=st.integers(1, 6),
+    width=st.integers(1, 6),
+    layout=st.sampled_from(["contiguous", "channels_last", "sliced"]),
+    mode=st.sampled_from(["train", "eval", "frozen norm"]),
+    seed=st.integers(0, 99),
+)
+def test_equals_the_published_form(name, channels, n_segment, clips, height, width, layout, mode, seed):
+    torch.manual_seed(seed)
+    module = build(name, channels, n_segment).train(mode != "eval")
+    if mode == "frozen norm":
+        for m in module.modules():
+            if isinstance(m, torch.nn.BatchNorm2d):
+                m.eval()
+    # batch norm over one value raises, and over few its gradient is the small rest of large terms
+    if mode == "train" and clips * n_segment * height * width < 8:
+        height += 8
+    x = frames((clips * n_segment, channels, height, width), layout)
+    weight = torch.randn(x.shape, dtype=x.dtype)
+    before = [p.detach().clone() for p in module.parameters()]
+    fast, plain = (results(module, x, weight, f) for f in (True, False))
+    for a, b in zip(fast, plain, strict=True):
+        assert (a - b).norm() <= 1e-12 * max(float(b.norm()), float(plain[1].norm()) * 1e-2)
+    assert all(torch.equal(p, q) for p, q in zip(before, module.parameters(), strict=True))
+
+
+def test_large_maps_are_cut_into_blocks():
+    torch.manual_seed(0)
+    for layout in ("contiguous", "channels_last"):
+        module = build("action", 40, 4).eval()
+        x = frames((8, 40, 64, 61), layout)
+        weight = torch.randn(x.shape, dtype=x.dtype)
+        for a, b in zip(*(results(module, x, weight, f) for f in (True, False)), strict=True):
+            assert relative(a, b) < 1e-12
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (1, 4), (5, 1), (2, 2), (4, 7)])
+def test_window_means_are_the_means_of_shifted_maps(height, width):
+    x = torch.randn(2, 3, height, width, dtype=torch.float64)
+    padded = torch.nn.functional.pad(x, (1, 1, 1, 1))
+    for ky in range(3):
+        for kx in range(3):
+            seen = padded[..., ky : ky + height, kx : kx + width]
+            assert torch.allclose(window_means(x)[..., ky, kx], seen.mean((-2, -1)), atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["action", "ste", "ce", "me"])
+def test_half_precision_errs_no_more_than_the_published_form(name, dtype):
+    torch.manual_seed(0)
+    errors = {True: 0.0, False: 0.0}
+    for _ in range(5):
+        module = build(name, 32, 4).eval().to(dtype)
+        x = frames((8, 32, 9, 8), "contiguous", dtype)
+        with torch.no_grad():
+            exact = te.set_fast(copy.deepcopy(module).double(), False)(x.double())
+            for fast in errors:
+                out = te.set_fast(module, fast)(x)
+                assert out.dtype == dtype
+                errors[fast] += relative(out.double(), exact)
+    assert errors[True] <= 1.5 * errors[False]
+
+
+def test_pooled_sums_do_not_overflow():
+    module = build("action", 16, 4).half().eval()
+    x = torch.full((4, 16, 16, 16), 2000.0, dtype=torch.float16)  # sums to 512000 a channel
+    with torch.no_grad():
+        assert module.me.motion(x).isfinite().all()
+        assert module.ce.gate(x).isfinite().all()
+        assert module.ste.gate(x).isfinite().all()
+
+
+def test_nothing_goes_stale():
+    torch.manual_seed(0)
+    module = build("action", 16, 2).eval()
+    x = frames((4, 16, 5, 5), "contiguous")
+    first = module(x)
+    with torch.no_grad():
+        module.me.norm.running_var.mul_(4)
+        module.shift.weight.mul_(1.5)
+        module.me.squeeze.weight.mul_(2)
+    assert relative(module(x), first) > 1e-3
+    assert relative(module(x), te.set_fast(copy.deepcopy(module), False)(x)) < 1e-12
+    module.train()
+    assert relative(module(x), te.set_fast(copy.deepcopy(module), False)(x)) < 1e-12
+
+
+def test_running_statistics_move_once_a_step():
+    module = build("action", 16, 2).train()
+    out = module(frames((4, 16, 5, 5), "contiguous").requires_grad_())
+    after_forward = copy.deepcopy(module.me.norm.state_dict())
+    out.sum().backward(retain_graph=True)
+    out.sum().backward()
+    assert int(module.me.norm.num_batches_tracked) == 1
+    for key, value in module.me.norm.state_dict().items():
+        assert torch.equal(value, after_forward[key])
+
+
+def test_second_derivatives():
+    torch.manual_seed(0)
+    module = build("action", 4, 2).eval()
+    x = torch.randn(4, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(module, x)
+    assert torch.autograd.gradgradcheck(module, x)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_compiles_without_graph_breaks(training):
+    module = build("action", 16, 4, torch.float32).train(training)
+    x = torch.randn(8, 16, 6, 5)
+    expected = copy.deepcopy(module)(x)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def saved_bytes(model, x):
+    """Bytes kept for backward: each storage once, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = model(x)
+    del out
+    return sum(kept.values())
+
+
+def test_training_keeps_little_more_than_the_shift():
+    x = torch.randn(8, 3, 64, 64)
+    plain = saved_bytes(timm.create_model("resnet50").train(), x)
+    action = saved_bytes(te.inject(timm.create_model("resnet50"), "action").train(), x)
+    assert action <= 1.27 * plain
+
+
+def test_flops_of_the_fast_form():
+    plain = te.count(timm.create_model("resnet50", num_classes=174), (8, 3, 224, 224)).flops
+    model = te.inject(timm.create_model("resnet50", num_classes=174), "action")
+    assert te.count(model, (8, 3, 224, 224)).flops / plain - 1 == pytest.approx(0.0545, abs=1e-4)
+    assert te.count(model, (8, 3, 224, 224), fast=True).flops / plain - 1 <= 0.0090
