@@ -1,0 +1,46 @@
+"""Running networks for their shapes alone: on the meta device, and without work that keeps a shape."""
+
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+SAME = {
+    f.__name__
+    for f in (
+        *(torch.sigmoid, torch.tanh, torch.nn.functional.softmax, torch.batch_norm),
+        *(F.batch_norm, F.layer_norm, F.group_norm, F.relu, F.relu6, F.silu, F.gelu, F.mish, F.leaky_relu),
+        *(F.hardswish, F.hardsigmoid, F.hardtanh, F.dropout, F.normalize, torch.relu),
+    )
+} | {"relu_", "sigmoid_", "mul_", "add_", "clamp_"}
+BINARY = {"add", "sub", "mul", "__add__", "__mul__", "__radd__", "__rmul__"}
+FILL = {"normal_", "uniform_", "fill_", "zero_", "erfinv_", "copy_"}
+
+
+class ShapesOnly(TorchFunctionMode):
+    """Meta kernels of elementwise operations are slow Python: their result has its input's shape anyway."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        if (name in SAME or name in FILL) and args and isinstance(args[0], Tensor):
+            return args[0]
+        if name in BINARY and all(isinstance(a, Tensor) and a.shape == args[0].shape for a in args[:2]):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def meta_model(name: str, **kwargs: Any) -> nn.Module:
+    """A timm model on the meta device, in eval mode."""
+    with torch.device("meta"), ShapesOnly():
+        return timm.create_model(name, pretrained=False, **kwargs).eval()
+
+
+def meta_run(model: nn.Module, size: int) -> Any:
+    """The output of two frames of ``size x size``."""
+    with torch.inference_mode(), ShapesOnly():
+        return model(torch.empty(2, 3, size, size, device="meta"))
