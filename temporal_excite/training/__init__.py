@@ -9,19 +9,23 @@ from .checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
+from .data import load_records, test_dataset, train_dataset
 from .distributed import World, join_world, leave_world
 from .engine import RunOptions, RunResult, train
 from .evaluate import Evaluation, evaluate, parse_protocol
 from .optim import freeze_batch_norm, param_groups
 from .progress import read_log
 from .recipes import RECIPES, Recipe, get_recipe
+from .recognizer import Prediction, Recognizer
 
 __all__ = [
     "RECIPES",
     "CheckpointError",
     "Evaluation",
     "ModelConfig",
+    "Prediction",
     "Recipe",
+    "Recognizer",
     "RunOptions",
     "RunResult",
     "World",
@@ -33,10 +37,13 @@ __all__ = [
     "leave_world",
     "load_initial",
     "load_model",
+    "load_records",
     "param_groups",
     "parse_protocol",
     "read_checkpoint",
     "read_log",
     "save_checkpoint",
+    "test_dataset",
     "train",
+    "train_dataset",
 ]

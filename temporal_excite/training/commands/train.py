@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     if args.init is not None:
         load_initial(model, args.init)
     options = RunOptions(
-        **{name: getattr(args, name) for name in RunOptions.__dataclass_fields__}  # the same names
+        **{name: value for name, value in vars(args).items() if name in RunOptions.__dataclass_fields__}
     )
     world = join_world(args.device)
     try:
