@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,13 @@ def add_data_arguments(parser: argparse.ArgumentParser, subsets: tuple[str, ...]
         default="raise",
         help="at a broken video stop, or leave it out and count it (default: raise)",
     )
-    group.add_argument("--workers", type=int, default=4, metavar="N", help="reading processes (default: 4)")
+    group.add_argument(
+        "--workers",
+        type=int,
+        default=min(4, os.cpu_count() or 1),
+        metavar="N",
+        help="reading processes (default: %(default)s, up to 4)",
+    )
     return group
 
 
