@@ -225,9 +225,8 @@ class _Run:
             end = self.updates == (self.epoch + 1) * batches.steps
             report = end or self.updates % options.log_every == 0
             save = bool(options.save_every) and self.updates % options.save_every == 0 and not end
-            if not (
-                report or save or self.world.size == 1
-            ):  # processes agree on a stop when they meet anyway
+            meet = report or save or self.world.size == 1  # processes agree on a stop where they meet anyway
+            if not meet:
                 self.log.advance(batches.batch_size)
                 continue
             *sums, stops = self.world.sum(*local.tolist(), float(asked.is_set()))
@@ -242,7 +241,7 @@ class _Run:
                 self._report()
             else:
                 self.log.advance(batches.batch_size)
-            if stops and not end:
+            if stops:  # at the end of an epoch before its validation, which the resumed run then does
                 return False
             if save:
                 self._save()
