@@ -267,7 +267,7 @@ CONTENDERS = {
     "tefe": Contender("TEFE (bottlenecks)", "tefe", {"te": (0, 1, 0, 0), "fe": (0, 0, 1, 1)}, "bottleneck"),
 }
 QUICK = ("tsn", "tsm", "action")
-QUICK_BUDGET = (350, 192, 32)  # steps, training and test clips of each class
+QUICK_BUDGET = (350, 192, 64)  # steps, training and test clips of each class
 
 
 # ---- the runs
@@ -340,10 +340,9 @@ def run(
         std=STD,
     )
     model = build_model(config)
-    curve: list[tuple[int, float]] = []
     steps_per_epoch = len(sets["train"]) // batch
     started = time.process_time()
-    train(
+    done = train(
         model,
         config,
         recipe(steps, batch, steps_per_epoch),
@@ -351,11 +350,13 @@ def run(
         sets["forward"],
         output / f"{name}-{seed}",
         options=RunOptions(seed=seed, progress=False, log_every=25),
-        on_epoch=lambda epoch, result: curve.append(
-            ((epoch + 1) * steps_per_epoch, float(np.mean(within_pairs(result.scores, result.targets))))
-        ),
+        resume=True,
     )
-    result: dict[str, Any] = {"name": name, "seed": seed, "steps": curve[-1][0], "curve": curve}
+    if not done.finished:
+        raise SystemExit(143)
+    epochs = read_log(output / f"{name}-{seed}", "epoch")
+    result: dict[str, Any] = {"name": name, "seed": seed, "steps": epochs[-1]["step"]}
+    result["curve"] = [(line["step"], line["val_top1"]) for line in epochs]
     result["parameters"] = sum(p.numel() for p in model.parameters())
     result["train_cpu_seconds"] = time.process_time() - started
     for order in ORDERS:
@@ -365,7 +366,7 @@ def run(
         if order == "reversed":
             reverse = (evaluation.predictions == evaluation.targets ^ 1).double().mean().item()
             result["reversed_paired_top1"] = 100 * reverse
-    result["final_train_loss"] = read_log(output / f"{name}-{seed}", "epoch")[-1]["train_loss"]
+    result["final_train_loss"] = epochs[-1]["train_loss"]
     (output / f"{name}-{seed}.json").write_text(json.dumps(result) + "\n")
 
 
