@@ -30,7 +30,7 @@ def build(name, channels, n_segment, dtype=torch.float64):
     with torch.no_grad():
         for tensor in module.parameters():
             tensor.normal_(std=0.5)
-        for key, tensor in module.named_buffers():
+        for tensor in module.buffers():
             if tensor.is_floating_point():
                 tensor.uniform_(0.5, 1.5)
     return module.to(dtype)

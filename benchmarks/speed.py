@@ -1,0 +1,145 @@
+"""Time, saved bytes, peak memory and FLOPs of each temporal module on a backbone, fast and as published.
+
+python benchmarks/speed.py [--backbone NAME] [--modules tsm,action] [--device cuda] [--compile]
+    [--channels-last] [--train] [--repeats 9] [--json FILE] [--plot FILE]
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import time
+
+import timm
+import torch
+from torch import nn
+
+import temporal_excite as te
+
+
+def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
+    """Bytes one forward pass keeps for backward: each storage once, the parameters' left out."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = model(x)  # alive to the end, so that no address is used twice
+    assert out is not None
+    return sum(kept.values())
+
+
+def networks(options: argparse.Namespace) -> dict[str, nn.Module]:
+    """The backbone, and it with each module in both forms."""
+    found = {"plain": timm.create_model(options.backbone)}
+    for name in options.modules.split(","):
+        for fast, label in ((True, name), (False, f"{name} as published")):
+            model = te.inject(timm.create_model(options.backbone), name, n_segment=options.frames)
+            found[label] = te.set_fast(model, fast)
+    layout = torch.channels_last if options.channels_last else torch.contiguous_format
+    return {
+        label: m.train(options.train).to(options.device, memory_format=layout) for label, m in found.items()
+    }
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, float | str]]:
+    """One row a network; the repeats of all are interleaved."""
+    models = networks(options)
+    x = torch.randn(options.frames * options.clips, 3, options.size, options.size, device=options.device)
+    if options.channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    cuda = torch.device(options.device).type == "cuda"
+
+    def step(model: nn.Module) -> float:
+        if cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        with torch.set_grad_enabled(options.train):
+            out = model(x)
+        if options.train:
+            out.sum().backward()
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    runners = {k: torch.compile(m) if options.compile else m for k, m in models.items()}
+    peaks = {}
+    for label, model in runners.items():  # warm up
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        step(model)
+        step(model)
+        if cuda:
+            peaks[label] = torch.cuda.max_memory_allocated()
+    times: dict[str, list[float]] = {label: [] for label in runners}
+    for _ in range(options.repeats):
+        for label, model in runners.items():
+            times[label].append(step(model))
+    rows = []
+    shape = (options.clips, options.frames, 3, options.size, options.size)
+    for label, model in models.items():
+        ms = sorted(1e3 * t for t in times[label])
+        pairs = [a / b for a, b in zip(times[label], times["plain"], strict=True)]
+        rows.append(
+            {
+                "network": label,
+                "ms": statistics.median(ms),
+                "ms_min": ms[0],
+                "ms_max": ms[-1],
+                "ratio": statistics.median(pairs),
+                "saved_MiB": saved_bytes(model, x) / 2**20,
+                # of the process so far, where the device does not tell
+                "peak_MiB": peaks.get(label, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+                / 2**20,
+                "GFLOPs": te.count(model, shape, fast="as published" not in label).flops / 1e9,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--backbone", default="resnet50")
+    parser.add_argument("--modules", default="tsm,ste,ce,me,action")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--frames", type=int, default=8)
+    parser.add_argument("--clips", type=int, default=1)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2)
+    for flag in ("--compile", "--channels-last", "--train"):
+        parser.add_argument(flag, action="store_true")
+    parser.add_argument("--json")
+    parser.add_argument("--plot")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rows = measure(options)
+    print(f"{'network':24} {'ms':>8} {'min..max':>17} {'ratio':>6} {'saved':>7} {'peak':>8} {'GFLOPs':>8}")
+    for r in rows:
+        spread = f"{r['ms_min']:.1f}..{r['ms_max']:.1f}"
+        print(
+            f"{r['network']:24} {r['ms']:8.1f} {spread:>17} {r['ratio']:6.3f} {r['saved_MiB']:7.0f} "
+            f"{r['peak_MiB']:8.0f} {r['GFLOPs']:8.3f}"
+        )
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump({"options": vars(options), "torch": torch.__version__, "rows": rows}, file, indent=1)
+    if options.plot:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        figure, axes = plt.subplots(figsize=(7, 0.4 * len(rows) + 1), layout="constrained")
+        axes.barh([str(r["network"]) for r in rows][::-1], [float(r["ratio"]) for r in rows][::-1])
+        axes.set_xlabel("time, ratio to the plain backbone")
+        figure.savefig(options.plot)
+
+
+if __name__ == "__main__":
+    main()
