@@ -55,7 +55,7 @@ _LAYOUTS: dict[type[nn.Module] | str, ModuleLayout] = {
             "me.transform": "action_p3_conv1",
             "me.expand": "action_p3_expand",
         },
-        requires={"identity_start": False},
+        requires={"identity_start": False, "relu": True},
     ),
     "me": ModuleLayout(
         {

@@ -469,6 +469,8 @@ def test_models_that_compute_another_form():
     assert_refused(
         model, state("resnet-action"), "has identity_start=True; the released .* identity_start=False"
     )
+    model = te.inject(our_resnet(), "action", n_segment=T, relu=False)
+    assert_refused(model, state("resnet-action"), "has relu=False; the released .* relu=True")
     model = te.inject(our_resnet(), "tsm", n_segment=T, placement="loc2")
     assert_refused(
         model, state(), "TemporalShift is at loc2 of layer1.0, the released networks have it at loc1"

@@ -60,8 +60,8 @@ def test_every_printed_row_fits_but_those_that_say_why(all_tables):
     assert sum(e.fits is True for e in etas) == 12
 
 
-# Counted once with ptflops 0.6 (the paper's) and fvcore 0.1.5 on the released code; TSN's are our own, to notice
-# a change. MobileNetV2's 0.0005 more is its last average pooling, which timm has as a layer.
+# Counted once with ptflops 0.6 (the paper's) and fvcore 0.1.5 on the released code; TSN's are our own,
+# to notice a change. MobileNetV2's 0.0005 more is its last average pooling, which timm has as a layer.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "label, paper, fvcore, parameters",

@@ -18,6 +18,7 @@ BUILD = {
     "ce": lambda c, t: CE(c, t),
     "ce without relu": lambda c, t: CE(c, t, relu=False),
     "me": lambda c, t: ME(c, t),
+    "me without norm": lambda c, t: ME(c, t, norm=False),
     "action": lambda c, t: ActionModule(c, t),
     "action without shift": lambda c, t: ActionModule(c, t, shift=False),
     "action identity start": lambda c, t: ActionModule(c, t, identity_start=True),

@@ -125,16 +125,23 @@ class ME(Excitation):
         channels: C.
         n_segment: T.
         reduction: ratio of the squeeze, to ``max(1, C // reduction)`` channels.
+        norm: ``False`` gives the text's form.
         identity_start: see :class:`Excitation`.
     """
 
     def __init__(
-        self, channels: int, n_segment: int = 8, reduction: int = 16, *, identity_start: bool = False
+        self,
+        channels: int,
+        n_segment: int = 8,
+        reduction: int = 16,
+        *,
+        norm: bool = True,
+        identity_start: bool = False,
     ) -> None:
         super().__init__(channels, n_segment, identity_start=identity_start)
         squeezed = max(1, channels // positive_int("reduction", reduction))
         self.squeeze = nn.Conv2d(channels, squeezed, 1, bias=False)
-        self.norm = nn.BatchNorm2d(squeezed)
+        self.norm = nn.BatchNorm2d(squeezed) if norm else nn.Identity()
         self.transform = nn.Conv2d(squeezed, squeezed, 3, padding=1, groups=squeezed, bias=False)
         self.expand = nn.Conv2d(squeezed, channels, 1, bias=False)
         if identity_start:
@@ -200,6 +207,7 @@ class ActionModule(TemporalModule):
         shift: ``False`` leaves the shift out, the text's form.
         paths: any of ``"ste"``, ``"ce"``, ``"me"``; Table 3's ablations are single paths.
         relu: see :class:`CE`.
+        norm: see :class:`ME`.
         identity_start: start as the identity.
     """
 
@@ -213,6 +221,7 @@ class ActionModule(TemporalModule):
         shift: bool = True,
         paths: Sequence[str] = ("ste", "ce", "me"),
         relu: bool = True,
+        norm: bool = True,
         identity_start: bool = False,
     ) -> None:
         super().__init__(channels, n_segment)
@@ -224,6 +233,7 @@ class ActionModule(TemporalModule):
         ):
             raise ValueError(f"paths must be distinct names out of ('ste', 'ce', 'me'), got {paths!r}")
         self.identity_start = identity_start
+        self.relu = relu
         self.shift = (
             TemporalConv(channels, n_segment, shift_div, init="identity" if identity_start else "shift")
             if shift
@@ -235,7 +245,7 @@ class ActionModule(TemporalModule):
         if "ce" in paths:
             self.ce = CE(channels, n_segment, reduction, relu=relu, identity_start=identity_start)
         if "me" in paths:
-            self.me = ME(channels, n_segment, reduction, identity_start=identity_start)
+            self.me = ME(channels, n_segment, reduction, norm=norm, identity_start=identity_start)
 
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)

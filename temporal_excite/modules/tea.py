@@ -42,13 +42,10 @@ class MotionExcitation(ME):
         residual: bool = True,
         form: str = "released",
     ) -> None:
-        super().__init__(channels, n_segment, reduction)
+        super().__init__(channels, n_segment, reduction, norm=_check_form(form) == "released")
         self.residual = residual
-        self.form = _check_form(form)
-        self.norm2: nn.Module = nn.BatchNorm2d(channels)
-        if form == "text":
-            self.norm = nn.Identity()  # type: ignore[assignment]
-            self.norm2 = nn.Identity()
+        self.form = form
+        self.norm2 = nn.BatchNorm2d(channels) if form == "released" else nn.Identity()
 
     def gate(self, x: Tensor) -> Tensor:
         """The motion-attentive weights A, ``(N*T, C, 1, 1)``."""
