@@ -1,20 +1,20 @@
+import logging
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from video_clips import write_folder
+from video_clips import decode_all, number_of, write_folder, write_padded_video, write_video
 
 from temporal_excite.video import (
-    AnnotationError,
     Record,
     SegmentSampler,
     VideoDataset,
     VideoError,
-    flip_pairs,
-    read_annotations,
     test_transform,
     train_transform,
 )
-from temporal_excite.video.transforms import RandomFlip
 
 
 @pytest.fixture
@@ -63,39 +63,51 @@ def test_nothing_readable_ends_with_an_error(tmp_path):
         dataset[0]
 
 
-def test_flips_change_the_label():
-    pairs = flip_pairs(["Swiping Left", "Swiping Right", "Stop Sign", "Looking Left"])
-    assert pairs == {0: 1, 1: 0, 3: None}
-    clip = torch.arange(4 * 3 * 2 * 5, dtype=torch.uint8).reshape(4, 3, 2, 5)
-    for label, mirrored in ((0, 1), (1, 0), (2, 2), (3, 3)):
-        got, new = RandomFlip(pairs, p=1)(clip, label)
-        assert new == mirrored
-        assert torch.equal(got, clip if label == 3 else clip.flip(-1))
+def test_a_video_shorter_than_announced_is_sampled_over_its_frames(tmp_path, caplog):
+    path = write_padded_video(tmp_path / "v.avi", 40, 8)
+    shown = [number_of(frame) for frame in decode_all(path)]
+    count = len(shown)
+    sampler = SegmentSampler(4, "test", 2)
+    assert not torch.equal(sampler(count), sampler(48))
+    caplog.set_level(logging.INFO)
+    clips, _ = VideoDataset([Record(path, 0)], sampler)[0]
+    numbers = [number_of(frame.permute(1, 2, 0).numpy()) for frame in clips.flatten(0, 1)]
+    assert numbers == [shown[i] for i in sampler(count).flatten()]
+    assert re.search(rf"v\.avi: holds {count} frames where its container announces 48", caplog.text)
+    clip, _ = VideoDataset([Record(path, 0, start=10, num_frames=30)], SegmentSampler(30, "test"))[0]
+    assert [number_of(frame.permute(1, 2, 0).numpy()) for frame in clip] == list(range(10, 40))
+    for record in (Record(path, 0, num_frames=48), Record(path, 0, start=45)):
+        with pytest.raises(VideoError, match=rf"v\.avi: has {count} frames, the record takes"):
+            VideoDataset([record], sampler)[0]
 
 
-@pytest.mark.parametrize(
-    ("text", "problem"),
-    [
-        ("a 5 0\nb 5\n", "2: expected"),
-        ("a 5 -1\n", "1: label -1"),
-        ("a 5 0\nb 3 9 7\n", "2: label 7 out of range"),
-    ],
-)
-def test_wrong_lines_are_named(text, problem, tmp_path):
-    file = tmp_path / "list.txt"
-    file.write_text(text)
-    with pytest.raises(AnnotationError, match=f"list.txt:{problem}"):
-        read_annotations(file, labels=["x", "y"])
-
-
-def test_list_formats(tmp_path):
-    file = tmp_path / "list.txt"
-    file.write_text("a b/c 5 9 1\n\nd 1 1 0\n")
-    assert read_annotations(file) == (
-        [Record(tmp_path / "a b/c", 1, 4, 5), Record(tmp_path / "d", 0, 0, 1)],
-        ["0", "1"],
+def test_frames_and_crops_are_drawn_independently(records):
+    """One seed for both would tie the first frame's place to the first number the transform draws."""
+    drawn = []
+    dataset = VideoDataset(
+        records[:1],
+        SegmentSampler(1),
+        lambda clip, label: (drawn.append(torch.randint(12, ())), (clip, label))[1],
     )
-    file.write_text("7;Swiping Left\n8;Stop\n")
-    (tmp_path / "labels.csv").write_text("Stop\nSwiping Left\n")
-    got, labels = read_annotations(file, "jester")
-    assert [r.label for r in got] == [1, 0] and labels == ["Stop", "Swiping Left"]
+    state = torch.random.get_rng_state()
+    frames = []
+    for epoch in range(20):
+        dataset.set_epoch(epoch)
+        frames.append(number_of(dataset[0][0][0].permute(1, 2, 0).numpy()))
+    assert frames != [int(number) for number in drawn]
+    assert len(set(frames)) > 4 and len({int(number) for number in drawn}) > 4
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
+def test_the_example_of_the_docs_runs_as_written(tmp_path, monkeypatch, capsys):
+    page = Path(__file__).parent.parent / "docs" / "data.md"
+    (example,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.S)
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "videos" / "folder")
+    write_video(tmp_path / "videos" / "file.mp4", 12)
+    Path("train.txt").write_text("folder 0\nfile.mp4 1\ngone.mp4 1\n")
+    names: dict = {}
+    exec(example, names)
+    assert names["clips"].shape == (3, 8, 3, 224, 224) and names["targets"].shape == (3,)
+    assert capsys.readouterr().out == "1 unreadable videos: ['videos/gone.mp4']\n"

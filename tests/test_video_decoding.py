@@ -3,7 +3,7 @@ import pickle
 import av
 import numpy as np
 import pytest
-from video_clips import decode_all, number_of, picture, write_folder, write_video
+from video_clips import decode_all, number_of, picture, turn, write_folder, write_padded_video, write_video
 
 from temporal_excite.video import FrameCountError, VideoError, open_frames, read_frames
 from temporal_excite.video.decoding import VideoFile
@@ -191,3 +191,78 @@ def test_errors_cross_process_borders(tmp_path):
     for error in (VideoError(tmp_path, "broken"), FrameCountError(tmp_path, 5, 3)):
         again = pickle.loads(pickle.dumps(error))
         assert type(again) is type(error) and str(again) == str(error) and vars(again) == vars(error)
+
+
+@pytest.mark.parametrize("sought", [True, False])
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        *((1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0)),  # turned clockwise by 0, 90, 180, 270
+        *((-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0), (0, -1, -1, 0)),  # mirrored too
+    ],
+)
+def test_frames_are_turned_as_the_display_matrix_says(matrix, sought, tmp_path, monkeypatch):
+    path = write_video(tmp_path / "v.mp4", 3)
+    plain = decode_all(path)[1]
+    a, b, c, d = matrix
+    # ISO/IEC 14496-12: the pixel at column x, row y is shown at (a x + c y, b x + d y), moved to start at 0
+    shown = {(b * x + d * y, a * x + c * y): plain[y, x] for y in range(48) for x in range(64)}
+    top, left = min(y for y, _ in shown), min(x for _, x in shown)
+    expected = np.zeros((64, 48, 3) if b else (48, 64, 3), np.uint8)
+    for (y, x), pixel in shown.items():
+        expected[y - top, x - left] = pixel
+    if matrix == (0, 1, -1, 0):
+        assert np.array_equal(expected[:, -1], plain[0])  # clockwise: the top row becomes the right column
+    if not sought:
+        monkeypatch.setattr(VideoFile, "_seek_and_read", VideoFile._read_in_order)
+    assert np.array_equal(read_frames(turn(path, matrix), [1])[0].permute(1, 2, 0).numpy(), expected)
+
+
+def test_packets_without_a_picture(tmp_path):
+    path = write_padded_video(tmp_path / "v.avi", 40, 8)
+    reference = decode_all(path)
+    count = len(reference)  # FFmpeg may show the last frame once more
+    assert count in (40, 41)
+    with open_frames(path) as video:
+        assert len(video) == 48
+        got = video.read([39, 5])
+        assert np.array_equal(got[0].permute(1, 2, 0).numpy(), reference[39])
+        with pytest.raises(FrameCountError, match=rf"v\.avi: holds {count} frames .* announces 48") as caught:
+            video.read([3, count])
+        assert (caught.value.num_frames, caught.value.announced) == (count, 48)
+        assert np.array_equal(video.read([5])[0].permute(1, 2, 0).numpy(), reference[5])
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("v.mp4", {"options": {"g": "10", "bf": "0"}}),
+        ("v.webm", {"codec": "libvpx-vp9", "options": {"g": "10", "cpu-used": "8"}}),
+        ("v.avi", {"codec": "mpeg4", "gop": 10, "max_b_frames": 0}),
+        ("motion.avi", {"codec": "mjpeg"}),
+    ],
+)
+@pytest.mark.parametrize("victim", [10, 14])
+def test_bit_errors_stay_within_their_group(name, options, victim, tmp_path):
+    """A damaged frame gives an error or what FFmpeg makes of it; the frames of other groups are exact."""
+    path = write_video(tmp_path / name, 40, **options)
+    reference = decode_all(path)
+    with av.open(str(path)) as container:
+        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    content = bytearray(path.read_bytes())
+    start, size = packets[victim]
+    content[start + size // 4 : start + 3 * size // 4] = bytes(3 * size // 4 - size // 4)
+    path.write_bytes(content)
+    differing = set()
+    with open_frames(path) as video:
+        for i in [*range(40), 5]:
+            try:
+                frame = video.read([i])[0].permute(1, 2, 0).numpy()
+            except VideoError as error:
+                assert str(error).startswith(f"{path}: ")
+                differing.add(i)
+                continue
+            assert frame.std() > 5  # no blank picture
+            if not np.array_equal(frame, reference[i]):
+                differing.add(i)
+    assert victim in differing and differing <= set(range(10, 20))

@@ -1,5 +1,6 @@
 """Small videos for the tests: every frame shows its own number."""
 
+import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -55,6 +56,37 @@ def write_video(
                 frame.pts, frame.time_base = times[i], Fraction(1, 100)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+    return path
+
+
+def write_padded_video(path: Path, frames: int, padding: int) -> Path:
+    """``frames`` numbered frames in MPEG-4, then ``padding`` packets without a picture ("VOP not coded")."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        packets = [
+            packet
+            for i in range(frames)
+            for packet in stream.encode(av.VideoFrame.from_ndarray(picture(i), format="rgb24"))
+        ]
+        packets += stream.encode(None)
+        step = packets[1].pts - packets[0].pts
+        for k in range(padding):
+            filler = av.Packet(b"\0\0\1\xb6\x50\x4f")
+            filler.stream, filler.time_base = stream, packets[-1].time_base
+            filler.pts = filler.dts = packets[frames - 1].pts + step * (k + 1)
+            packets.append(filler)
+        container.mux(packets)
+    return path
+
+
+def turn(path: Path, matrix: tuple[int, int, int, int]) -> Path:
+    """Give an mp4 file the display matrix ((a, b, 0), (c, d, 0), (0, 0, 1))."""
+    content = bytearray(path.read_bytes())
+    place = content.index(b"tkhd") + 4 + 4 + 20 + 16  # type, version and flags, times, layer and volume
+    a, b, c, d = (value << 16 for value in matrix)
+    content[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(content)
     return path
 
 

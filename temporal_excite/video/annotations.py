@@ -1,6 +1,7 @@
 """Annotation files: which video has which label."""
 
 import csv
+import io
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -50,6 +51,7 @@ class _Source:
 
 
 _Result = tuple[list[Record], list[str]]
+_ITEM = re.compile(r"[\s,]*")  # between two items of a JSON list
 
 
 def read_annotations(
@@ -123,7 +125,10 @@ def read_labels(path: str | Path) -> list[str]:
         content = _json(path)
         if not isinstance(content, dict):
             raise ValueError(f'{path}: expected {{"class name": number, ..}}, got a {type(content).__name__}')
-        numbers = {int(number): name for name, number in content.items()}
+        try:
+            numbers = {int(number): name for name, number in content.items()}
+        except (TypeError, ValueError):
+            raise ValueError(f"{path}: the classes of {{name: number}} must have whole numbers") from None
         if sorted(numbers) != list(range(len(content))):
             raise ValueError(
                 f"{path}: the numbers of the {len(content)} classes are not 0 .. {len(content) - 1}"
@@ -144,22 +149,35 @@ def read_labels(path: str | Path) -> list[str]:
     return names
 
 
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise AnnotationError(path, line, f"not a text file in UTF-8: {error.reason}") from error
+
+
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """(line number, stripped line) of the lines that are not empty."""
-    try:
-        with open(path, encoding="utf-8-sig", newline=None) as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, line.strip()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file in UTF-8: {error}") from error
+    for number, line in enumerate(_text(path).split("\n"), 1):
+        if line.strip():
+            yield number, line.strip()
 
 
 def _json(path: Path) -> object:
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(_text(path))
     except json.JSONDecodeError as error:
         raise AnnotationError(path, error.lineno, f"not valid JSON: {error.msg}") from error
+
+
+def _json_line(path: Path, index: int) -> int:
+    """The line on which item ``index`` of a JSON file that holds a list starts."""
+    text = _text(path)
+    position = text.index("[") + 1
+    for _ in range(index):
+        position = json.JSONDecoder().raw_decode(text, _ITEM.match(text, position).end())[1]  # type: ignore[union-attr]
+    return text.count("\n", 0, _ITEM.match(text, position).end()) + 1  # type: ignore[union-attr]
 
 
 def _beside(source: _Source, pattern: str) -> list[str]:
@@ -269,8 +287,8 @@ def _id_and_number(source: _Source) -> _Result:
 
 def _table(source: _Source, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
     """Rows of a csv file with a header, as (line number, row)."""
-    with open(source.path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
+    reader = csv.DictReader(io.StringIO(_text(source.path)), strict=True)
+    try:
         missing = [column for column in columns if column not in (reader.fieldnames or ())]
         if missing:
             raise source.error(1, f"no column {missing[0]!r} in the header {reader.fieldnames}")
@@ -279,6 +297,8 @@ def _table(source: _Source, columns: Sequence[str]) -> Iterator[tuple[int, dict[
             if empty:
                 raise source.error(reader.line_num, f"no value for {empty[0]!r}")
             yield reader.line_num, row
+    except csv.Error as error:
+        raise source.error(reader.reader.line_num, f"not valid csv: {error}") from error
 
 
 def _sthv2(source: _Source) -> _Result:
@@ -291,12 +311,11 @@ def _sthv2(source: _Source) -> _Result:
     records = []
     for i, item in enumerate(content):
         if not isinstance(item, dict) or "id" not in item:
-            raise ValueError(f"{source.path}: video {i} of the list has no 'id': {item!r}")
+            raise source.error(_json_line(source.path, i), f"a video without 'id': {item!r}")
         # the label is the template without the brackets around its placeholders
-        name = item.get("template", "").replace("[", "").replace("]", "")
+        name = str(item.get("template") or "").replace("[", "").replace("]", "")
         if name not in numbers:
-            what = f"unknown class {name!r}" if name else "no template (a test split without labels?)"
-            raise ValueError(f"{source.path}: video {i} of the list (id {item['id']}): {what}")
+            _class_of(source, _json_line(source.path, i), name, numbers)
         records.append(Record(source.root / f"{item['id']}{suffix}", numbers[name]))
     return records, names
 
@@ -307,6 +326,7 @@ _EGOGESTURE_TEST = frozenset({2, 9, 11, 14, 18, 19, 28, 31, 41, 47})
 
 
 def _egogesture(source: _Source) -> _Result:
+    # the official files name the classes by number only
     names = source.labels or [str(i) for i in range(1, 84)]
     if source.subset not in ("train", "val", "test"):
         raise ValueError(f"subset must be 'train', 'val' or 'test', got {source.subset!r}")

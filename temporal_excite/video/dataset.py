@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision import tv_tensors
 
 from .annotations import Record
 from .decoding import FrameCountError, VideoError, open_frames
@@ -32,8 +33,7 @@ class VideoDataset(Dataset[tuple[Tensor, int]]):
                 :func:`train_transform` and :func:`test_transform`. A transform that takes several crops adds
                 a leading dimension.
     pattern:    names of the pictures in frame folders; found by itself when the folder holds one kind.
-    on_error:   ``"raise"`` stops at a broken, empty or missing video with a :class:`VideoError` that names
-    it.
+    on_error:   ``"raise"`` stops at a broken, empty or missing video with a :class:`VideoError` naming it.
                 ``"skip"`` logs it (a warning of the logger ``temporal_excite.video.dataset``), counts it in
                 ``errors`` and gives another record in its place, drawn from (seed, epoch, i), so a run that
                 meets it can be repeated. Meant for training: when evaluating, leave out the indices in
@@ -129,20 +129,18 @@ class VideoDataset(Dataset[tuple[Tensor, int]]):
 
     def _load(self, index: int, state: np.random.SeedSequence) -> tuple[Tensor, int]:
         record = self.records[index]
-        seed = int(state.generate_state(1, np.uint64)[0] >> np.uint64(1))
-        clips = self._kept[index] if index in self._kept else self._read(record, seed)
+        # two streams, or the first frame and the first crop would be drawn from one number
+        views_seed, frames_seed = (int(s >> np.uint64(1)) for s in state.generate_state(2, np.uint64))
+        clips = self._kept[index] if index in self._kept else self._read(record, frames_seed)
         if self.keep:
             self._kept[index] = clips
         label: Any = record.label
         if self.transform is None:
             return (clips[0] if len(clips) == 1 else clips), label
-        from torchvision import tv_tensors
-
         views = []
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # the transforms of torchvision draw from torch's global generator
-            torch.manual_seed(seed)
+        # the transforms of torchvision draw from torch's global generator
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(views_seed)  # torch.manual_seed would reseed the GPUs too
             for clip in clips:
                 view, label = self.transform(tv_tensors.Video(clip), record.label)
                 views.append(view.as_subclass(Tensor))

@@ -83,6 +83,18 @@ def _stack(path: Path, pictures: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
 
+def _upright(picture: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """The picture (H, W, 3) as a player shows it, to the nearest quarter turn.
+
+    The display matrix ((a, b, _), (c, d, _), _) shows column x, row y at column ``a x + c y``, row
+    ``b x + d y`` (ISO/IEC 14496-12, "matrix" of the track header).
+    """
+    a, b, _, c, d = matrix[:5]
+    if abs(b) > abs(a):  # columns become rows
+        picture, a, d = picture.swapaxes(0, 1), c, b
+    return picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+
+
 class FrameFolder:
     """A folder of numbered pictures.
 
@@ -154,7 +166,8 @@ class VideoFile:
     stamps, a stream that starts inside a group of pictures) the file is decoded in order up to the last frame
     asked for.
 
-    Turned pictures (phones) are turned upright, by multiples of 90 degrees.
+    Frames come as a player shows them: turned by quarter turns and mirrored as the file's display matrix says
+    (phones), as FFmpeg's ``autorotate`` does.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -295,5 +308,5 @@ class VideoFile:
 
     def _rgb(self, frame: Any) -> np.ndarray:
         picture = self._reformatter.reformat(frame, format="rgb24").to_ndarray()
-        turns = round(frame.rotation / 90) % 4
-        return np.rot90(picture, turns) if turns else picture
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+        return picture if matrix is None else _upright(picture, np.frombuffer(matrix, np.int32))

@@ -3,20 +3,17 @@
 A transform is called as ``transform(clip, label)`` and returns both, the calling convention of
 torchvision.transforms.v2, so its transforms and these mix freely in a ``v2.Compose``; the label takes part
 because a mirrored "left" is a "right". ``clip`` is a uint8 ``tv_tensors.Video`` ``(T, 3, H, W)`` until
-``ToDtype``.
+:class:`Normalise`.
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -26,12 +23,13 @@ _MIRRORED = {
     "clockwise": "counterclockwise",
     "counterclockwise": "clockwise",
 }
-_MIRRORED_WORD = re.compile(r"\b(" + "|".join(_MIRRORED) + r")\b", re.IGNORECASE)
+# "pulling it right out" (Something-Something) is no direction
+_MIRRORED_WORD = re.compile(r"\b(" + "|".join(_MIRRORED) + r")\b(?! out\b)")
+_COUNTERCLOCKWISE = re.compile(r"\b(counter|anti)[- ]?clockwise\b")
 
 
 def normalisation(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation, on the scale 0 to 1, of the pretraining of a timm model
-    (``pretrained_cfg``).
+    """Mean and standard deviation, on the scale 0 to 1, of a timm model's pretraining (``pretrained_cfg``).
 
     ``model`` may be the timm model itself, or a module that holds it. Raises ``ValueError`` when no part has
     one.
@@ -46,12 +44,12 @@ def normalisation(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...
 
 
 def flip_pairs(labels: Sequence[str]) -> dict[int, int | None]:
-    """What a mirrored clip of each class shows: ``{class: class of the mirror image, or None if there is
-    none}``.
+    """What a mirrored clip of each class shows: ``{class: class of the mirror image, or None}``.
 
     Only classes that change are in it. They are found by name: "left" and "right", "clockwise" and
-    "counterclockwise" change places, whole words, in any case. A class whose mirrored name is not among the
-    labels gets ``None`` and must not be flipped.
+    "counterclockwise" (or "counter-clockwise", "anticlockwise") change places, whole words, in any case;
+    "right out" is no direction. A class whose mirrored name is not among the labels gets ``None`` and must
+    not be flipped.
 
     In Something-Something V1 and V2 this finds pulling (86, 87) and pushing (93, 94) "from left to right" /
     "from right to left" and turning the camera left / right (166, 167); in Jester (official, alphabetical
@@ -61,11 +59,12 @@ def flip_pairs(labels: Sequence[str]) -> dict[int, int | None]:
     >>> flip_pairs(["Swiping Left", "Swiping Right", "Stop Sign", "Thumb Left"])
     {0: 1, 1: 0, 3: None}
     """
-    number = {name.lower(): i for i, name in enumerate(labels)}
+    names = [_COUNTERCLOCKWISE.sub("counterclockwise", name.lower()) for name in labels]
+    number = {name: i for i, name in enumerate(names)}
     pairs = {}
-    for i, name in enumerate(labels):
-        mirrored = _MIRRORED_WORD.sub(lambda match: _MIRRORED[match[0].lower()], name.lower())
-        if mirrored != name.lower():
+    for i, name in enumerate(names):
+        mirrored = _MIRRORED_WORD.sub(lambda match: _MIRRORED[match[0]], name)
+        if mirrored != name:
             pairs[i] = number.get(mirrored)
     return pairs
 
@@ -125,9 +124,8 @@ class RandomFlip(nn.Module):
         self.p = p
 
     def forward(self, clip: Tensor, label: int) -> tuple[Tensor, int]:
-        flip = (
-            float(torch.rand(())) < self.p
-        )  # drawn in any case: the choices after it do not depend on the label
+        # drawn in any case: the choices after it do not depend on the label
+        flip = float(torch.rand(())) < self.p
         mirrored = self.pairs.get(label, label)
         if not flip or mirrored is None:
             return clip, label
@@ -166,9 +164,8 @@ class Normalise(nn.Module):
         self.mean, self.std = list(mean), list(std)
 
     def forward(self, clip: Tensor, label: Any) -> tuple[Tensor, Any]:
-        return F.normalize(
-            F.to_dtype(clip, torch.float32, scale=True), self.mean, self.std, inplace=True
-        ), label
+        clip = F.to_dtype(clip, torch.float32, scale=True)
+        return F.normalize(clip, self.mean, self.std, inplace=True), label
 
 
 def train_transform(
@@ -181,9 +178,8 @@ def train_transform(
     std: Sequence[float] = IMAGENET_STD,
     short_side: int | None = 256,
     scales: Sequence[float] = (1, 0.875, 0.75, 0.66),
-) -> "Callable[[Tensor, int], tuple[Tensor, int]]":
-    """The papers' augmentation: short side 256, multi-scale corner crop to ``size``, mirroring,
-    normalisation.
+) -> Callable[[Tensor, int], tuple[Tensor, int]]:
+    """The papers' augmentation: short side 256, multi-scale corner crop, mirroring, normalisation.
 
     flip:  ``"none"`` never mirrors (what the released code does on data sets with directions), ``"plain"``
            mirrors half of the clips and keeps their labels, ``"swap"`` mirrors half of them and changes the
@@ -223,9 +219,8 @@ def test_transform(
     short_side: int = 256,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
-) -> "Callable[[Tensor, int], tuple[Tensor, int]]":
-    """The test protocols: short side 256, then the centre crop of 224 (``crops=1``) or three crops of 256
-    (``3``).
+) -> Callable[[Tensor, int], tuple[Tensor, int]]:
+    """The test protocols: short side 256, then the centre crop of 224 (``crops=1``) or three of 256 (``3``).
 
     ``size`` is the side of the crops. ``(T, 3, H, W)`` uint8 becomes ``(T, 3, size, size)`` float32, with
     three crops ``(3, T, 3, size, size)``.
