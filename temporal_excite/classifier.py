@@ -70,6 +70,14 @@ class VideoClassifier(nn.Module):
         return segments
 
     def forward(self, x: Tensor) -> Tensor:
+        logits = self._frame_logits(self.frames(x))
+        return reduce(logits, "(n t) classes -> n classes", "mean", t=self.n_segment)
+
+    def frames(self, x: Tensor) -> Tensor:
+        """Clips as the frames ``(N*T, 3, H, W)`` the model takes.
+
+        Raises ``ValueError`` for another shape, and for clips not of ``n_segment`` frames.
+        """
         segments = self.n_segment
         if x.ndim == 5:
             if x.shape[1] != segments:
@@ -87,7 +95,7 @@ class VideoClassifier(nn.Module):
                 f"{x.shape[0]} frames are not a multiple of n_segment={segments}: feed whole clips, "
                 "or call set_n_segment(model, T) for clips of T frames"
             )
-        return reduce(self._frame_logits(x), "(n t) classes -> n classes", "mean", t=segments)
+        return x
 
     def _frame_logits(self, x: Tensor) -> Tensor:
         if not (self.training and self.dropout.p):

@@ -241,6 +241,61 @@ def test_wrong_checkpoints(trained, data, tmp_path, capsys):
     assert "'bright'" in fails(capsys, "evaluate", nothing, "--data", data, "--labels", labels_file(tmp_path))
 
 
+# ---- explain
+
+
+@pytest.fixture(scope="module")
+def plain(trained, tmp_path_factory):
+    """A checkpoint of the same network without temporal modules."""
+    config = dataclasses.replace(read_checkpoint(trained / "best.pt")["config"], module=None)
+    path = tmp_path_factory.mktemp("plain") / "tsn.pt"
+    save_checkpoint(path, config, build_model(config).state_dict())
+    return path
+
+
+def test_explain(trained, plain, data, tmp_path, capsys):
+    out, video = tmp_path / "new" / "out", data / "val" / "dark" / "v0"
+    arguments = [
+        "explain",
+        trained / "best.pt",
+        video,
+        "--out",
+        out,
+        "--compare",
+        plain,
+        "--animation",
+        "webp",
+    ]
+    assert main([str(a) for a in (*arguments, "--animation", "webp", "--device", "cpu")]) == 0
+    shown = capsys.readouterr().out
+    best = Recognizer.from_checkpoint(trained / "best.pt")(video, 1)[0]
+    assert f"{best.label} {100 * best.score:.0f} %" in shown and "no module with a gate" in shown
+    assert {p.name for p in out.iterdir()} == {"maps.png", "maps.webp", "masks_1.png", "attention_1.png"}
+    assert Image.open(out / "maps.webp").n_frames == 2
+    for more in (["--method", "cam"], ["--layer", "layer2", "--class", "dark"]):
+        assert main([str(a) for a in (*arguments[:5], *more, "--format", "pdf", "--device", "cpu")]) == 0
+        assert (out / "maps.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_explain_refuses(trained, plain, data, tmp_path, capsys):
+    checkpoint, video = trained / "best.pt", data / "val" / "dark" / "v0"
+    base = ["explain", checkpoint, video, "--out", tmp_path / "out", "--device", "cpu"]
+    assert "no layer 'layer9'" in fails(capsys, *base, "--layer", "layer9")
+    assert "--layer goes with" in fails(capsys, *base, "--layer", "layer1", "--method", "cam")
+    assert "'grey' is none of the 2 classes" in fails(capsys, *base, "--class", "grey")
+    assert "none.mp4" in fails(capsys, "explain", checkpoint, "none.mp4", "--out", tmp_path / "out")
+    assert "no checkpoint" in fails(capsys, *base, "--compare", tmp_path / "none.pt")
+    config = dataclasses.replace(read_checkpoint(plain)["config"], n_segment=4)
+    save_checkpoint(tmp_path / "four.pt", config, build_model(config).state_dict())
+    assert "n_segment=4, not 2" in fails(capsys, *base, "--compare", tmp_path / "four.pt")
+    config = dataclasses.replace(read_checkpoint(plain)["config"], labels=("a", "b"))
+    save_checkpoint(tmp_path / "ab.pt", config, build_model(config).state_dict())
+    assert "other classes" in fails(capsys, *base, "--compare", plain, tmp_path / "ab.pt")
+    (tmp_path / "file").write_text("a file")
+    assert "file" in fails(capsys, *base[:4], tmp_path / "file")
+    assert not any(p.suffix == ".png" for p in tmp_path.rglob("*"))
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_is_readable(command, capsys):
     with pytest.raises(SystemExit) as stop:

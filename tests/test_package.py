@@ -45,7 +45,7 @@ def test_metadata():
         pytest.skip("runs from the tree, not installed")
     assert metadata["Version"] == te.__version__
     assert metadata["License"] == "MIT"
-    assert {"plot", "test", "dev", "video"} <= set(metadata.get_all("Provides-Extra"))
+    assert {"plot", "test", "dev", "video", "visual"} <= set(metadata.get_all("Provides-Extra"))
 
 
 def test_readme_code_runs():

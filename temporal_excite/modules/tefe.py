@@ -46,11 +46,22 @@ class TEModule(TemporalModule):
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
         self.check_n_segment(self.n_segment)
-        pooled = to_clips(F.adaptive_avg_pool2d(x, 1).flatten(1), self.n_segment).transpose(1, 2)  # (N, C, T)
-        gate = self.expand(self.reduce(pooled)).sigmoid()
+        pooled = self._pooled(x)
         kernel = self.fc2(self.act(self.fc1(pooled))).softmax(dim=-1)  # (N, C, 3)
-        excited = x * gate.transpose(1, 2).flatten(0, 1)[..., None, None].to(x.dtype)
+        excited = x * self._gate(pooled).to(x.dtype)
         return clipwise_temporal_conv(excited, kernel, self.n_segment)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """The short-term branch's mask M, ``(N*T, C, 1, 1)``."""
+        return self._gate(self._pooled(x))
+
+    def _gate(self, pooled: Tensor) -> Tensor:
+        gate = self.expand(self.reduce(pooled)).sigmoid()
+        return gate.transpose(1, 2).flatten(0, 1)[..., None, None]
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        """The spatial mean s, ``(N, C, T)``."""
+        return to_clips(F.adaptive_avg_pool2d(x, 1).flatten(1), self.n_segment).transpose(1, 2)
 
     def check_n_segment(self, n_segment: int) -> None:
         if n_segment != self.fc1.in_features:

@@ -1,0 +1,103 @@
+"""``temporal-excite explain``."""
+
+import argparse
+from pathlib import Path
+
+from torch import Tensor
+
+from ...video import Record
+from ...visual import animation, attention, cam, excitations, figure, grad_cam, overlay, unnormalise
+from ...visual.pictures import ANIMATIONS, PICTURES, mask_rows
+from ..data import test_dataset
+from ..recognizer import Recognizer
+from . import add_device_argument
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """The arguments."""
+    parser.add_argument(
+        "checkpoint", help="best.pt of a run, a save_pretrained() folder, or hf-hub:owner/name"
+    )
+    parser.add_argument("video", type=Path, help="a video file, or a folder of numbered pictures")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the pictures")
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        default=[],
+        metavar="CKPT",
+        help="checkpoints with the same clips and classes, a row each",
+    )
+    parser.add_argument("--class", dest="target", metavar="NAME", help="default: each checkpoint's top class")
+    parser.add_argument(
+        "--method",
+        choices=("grad-cam", "cam"),
+        default="grad-cam",
+        help="cam needs a linear classifier (default: grad-cam)",
+    )
+    parser.add_argument("--layer", metavar="NAME", help="of grad-cam (default: the last stage's output)")
+    parser.add_argument(
+        "--format", choices=[e[1:] for e in PICTURES], default="png", help="of the figures (default: png)"
+    )
+    parser.add_argument(
+        "--animation", choices=[e[1:] for e in ANIMATIONS], default="gif", help="default: gif"
+    )
+    add_device_argument(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the top classes, write maps.*, and masks_K.* and attention_K.* where checkpoint K has gates."""
+    if args.layer and args.method == "cam":
+        raise ValueError("--layer goes with --method grad-cam: CAM is made of the last features")
+    sources = [args.checkpoint, *args.compare]
+    models = [Recognizer.from_checkpoint(source, args.device or "cpu") for source in sources]
+    config = models[0].config
+    for source, other in zip(sources[1:], models[1:], strict=True):
+        for name in ("n_segment", "short_side", "crop", "labels"):
+            ours, theirs = getattr(config, name), getattr(other.config, name)
+            if ours != theirs:
+                difference = "other classes" if name == "labels" else f"{name}={theirs}, not {ours}"
+                raise ValueError(f"{source} cannot be compared with {sources[0]}: it has {difference}")
+    target = None
+    if args.target is not None:
+        if args.target not in config.labels:
+            raise ValueError(
+                f"--class {args.target!r} is none of the {config.num_classes} classes "
+                f"({config.labels[0]!r}, ..)"
+            )
+        target = config.labels.index(args.target)
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    rows: dict[str, Tensor] = {}
+    titles = []
+    for number, (source, model) in enumerate(zip(sources, models, strict=True), 1):
+        clip, _ = test_dataset([Record(args.video, 0)], model.config)[0]
+        frames = unnormalise(clip, model.config.mean, model.config.std)
+        rows.setdefault("input", frames)
+        clip = clip.unsqueeze(0).to(model.device)
+        best = model.model(clip).softmax(dim=1)[0].topk(min(3, config.num_classes))
+        top = ", ".join(
+            f"{config.labels[i]} {100 * score:.0f} %"
+            for i, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        )
+        name = f"{number}: {model.config.module or 'tsn'}" if args.compare else model.config.module or "tsn"
+        titles.append(f"{name}: {top}")
+        print(f"{source}\n  {top}")
+        if args.method == "cam":
+            maps = cam(model.model, clip, target)
+        else:
+            maps = grad_cam(model.model, clip, target, args.layer)
+        rows[name] = overlay(frames, maps)
+        try:
+            gates = excitations(model.model, clip)
+        except ValueError as error:
+            print(f"  no excitation maps: {error}")
+            continue
+        if masks := mask_rows(gates, frames):
+            figure({"input": frames, **masks}, args.out / f"masks_{number}.{args.format}", title=titles[-1])
+        if any(g.ndim == 3 for site in gates for g in site.gates.values()):
+            attention(gates, args.out / f"attention_{number}.{args.format}")
+    shown = "" if target is None else f"\nmaps of {args.target!r}"
+    figure(rows, args.out / f"maps.{args.format}", title="\n".join(titles) + shown)
+    animation(rows, args.out / f"maps.{args.animation}")
+    print(f"wrote {', '.join(sorted(p.name for p in args.out.iterdir()))} to {args.out}")
+    return 0
