@@ -1,6 +1,7 @@
 """Reading T sampled frames of a video: seeking against decoding everything.
 
-    python benchmarks/decoding.py clip.mp4 folder_of_frames ...
+    python benchmarks/decoding.py                                   two clips made for it
+    python benchmarks/decoding.py clip.mp4 folder_of_frames ...     your own
 
 For each file: milliseconds a clip (opening included, median over repeats, one random training clip each), and
 sampled frames per second. ``seek`` is what VideoDataset does; ``decode`` decodes to the end and converts only
@@ -12,6 +13,7 @@ than 32 levels somewhere (another frame, or another conversion to RGB).
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -60,6 +62,25 @@ def torchcodec(mode: str) -> Reader:
     return read
 
 
+def write_clips(folder: Path) -> list[Path]:
+    """300 frames of 320x240: H.264 as its encoder writes it, and MPEG-4 with B-frames in AVI."""
+    y, x = np.mgrid[:240, :320]
+    paths = []
+    for name, codec, b_frames in (("h264.mp4", "libx264", None), ("mpeg4_b_frames.avi", "mpeg4", 2)):
+        paths.append(folder / name)
+        with av.open(str(paths[-1]), "w") as container:
+            stream = container.add_stream(codec, rate=25)
+            stream.width, stream.height, stream.pix_fmt = 320, 240, "yuv420p"
+            if b_frames is not None:
+                stream.codec_context.max_b_frames = b_frames
+            for i in range(300):
+                picture = np.stack([3 * x + 8 * i, 2 * y - 9 * i, x + y + 7 * i], -1) % 256
+                frame = av.VideoFrame.from_ndarray(picture.astype(np.uint8), format="rgb24")
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+    return paths
+
+
 def readers() -> dict[str, Reader]:
     found: dict[str, Reader] = {"seek": seek, "decode": decode, "decode + convert": decode_and_convert}
     try:
@@ -77,11 +98,39 @@ def compare(got: np.ndarray, wanted: np.ndarray) -> str:
     return f"no: up to {difference.max()}, {(difference > 32).sum()} of {len(got)} frames by more than 32"
 
 
+def measure(path: Path, methods: dict[str, Reader], segments: int, repeats: int) -> None:
+    """Print a line for each reader."""
+    with open_frames(path) as frames:
+        length = len(frames)
+    sampler = SegmentSampler(segments, "train")
+    clips = [sampler(length, torch.Generator().manual_seed(i))[0].tolist() for i in range(repeats)]
+    for name, read in methods.items():
+        if path.is_dir() and name != "seek":
+            continue
+        try:
+            exact = (
+                "-" if path.is_dir() else compare(read(path, clips[0]), decode_and_convert(path, clips[0]))
+            )
+            seconds = []
+            for clip in clips:
+                start = time.perf_counter()
+                read(path, clip)
+                seconds.append(time.perf_counter() - start)
+        except (RuntimeError, IndexError, KeyError, ValueError) as error:
+            print(f"{path.name:24} {length:6}  {name:22} fails: {str(error).splitlines()[0]}")
+            continue
+        clip_time = statistics.median(seconds)
+        print(
+            f"{path.name:24} {length:6}  {name:22} {1e3 * clip_time:8.1f} "
+            f"{segments / clip_time:9.0f}  {exact}"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("paths", nargs="+", type=Path, help="video files and frame folders")
+    parser.add_argument("paths", nargs="*", type=Path, help="video files and frame folders")
     parser.add_argument("--segments", type=int, default=8, help="frames per clip")
     parser.add_argument("--repeats", type=int, default=10)
     args = parser.parse_args()
@@ -89,33 +138,9 @@ def main() -> None:
     methods = readers()
     print(f"{args.segments} frames a clip, one thread, median of {args.repeats}")
     print(f"{'file':24} {'frames':>6}  {'reader':22} {'ms/clip':>8} {'frames/s':>9}  exact")
-    for path in args.paths:
-        with open_frames(path) as frames:
-            length = len(frames)
-        sampler = SegmentSampler(args.segments, "train")
-        clips = [sampler(length, torch.Generator().manual_seed(i))[0].tolist() for i in range(args.repeats)]
-        for name, read in methods.items():
-            if path.is_dir() and name != "seek":
-                continue
-            try:
-                exact = (
-                    "-"
-                    if path.is_dir()
-                    else compare(read(path, clips[0]), decode_and_convert(path, clips[0]))
-                )
-                seconds = []
-                for clip in clips:
-                    start = time.perf_counter()
-                    read(path, clip)
-                    seconds.append(time.perf_counter() - start)
-            except (RuntimeError, IndexError, KeyError, ValueError) as error:
-                print(f"{path.name:24} {length:6}  {name:22} fails: {str(error).splitlines()[0]}")
-                continue
-            clip_time = statistics.median(seconds)
-            print(
-                f"{path.name:24} {length:6}  {name:22} {1e3 * clip_time:8.1f} "
-                f"{args.segments / clip_time:9.0f}  {exact}"
-            )
+    with tempfile.TemporaryDirectory() as folder:
+        for path in args.paths or write_clips(Path(folder)):
+            measure(path, methods, args.segments, args.repeats)
 
 
 if __name__ == "__main__":

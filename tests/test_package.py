@@ -31,6 +31,15 @@ def test_import_loads_nothing_heavy():
     assert not loaded & {"fvcore", "matplotlib", "av", "pandas", "scipy"}
 
 
+def test_import_loads_no_video_reader():
+    """torchvision only with timm, which needs it; PyAV only when a video is opened."""
+    code = "import sys; sys.modules['timm'] = None; import temporal_excite; print(*sys.modules)"
+    loaded = set(fresh(code).split())
+    assert "temporal_excite" in loaded and not loaded & {"av", "PIL", "torchvision", "torchvision.transforms"}
+    loaded = set(fresh("import sys, temporal_excite.video; print(*sys.modules)").split())
+    assert "temporal_excite.video" in loaded and "av" not in loaded
+
+
 def test_public_names():
     assert te.__all__ == sorted(te.__all__, key=lambda name: (not name.isupper(), name.islower(), name))
     for name in te.__all__:

@@ -111,3 +111,31 @@ def test_the_example_of_the_docs_runs_as_written(tmp_path, monkeypatch, capsys):
     exec(example, names)
     assert names["clips"].shape == (3, 8, 3, 224, 224) and names["targets"].shape == (3,)
     assert capsys.readouterr().out == "1 unreadable videos: ['videos/gone.mp4']\n"
+
+
+def test_the_commands_of_the_docs_run(tmp_path, monkeypatch, capsys):
+    import decoding
+
+    page = (Path(__file__).parent.parent / "docs" / "data.md").read_text()
+    commands = [
+        line.split()[2:] for line in page.splitlines() if line.startswith("    python benchmarks/decoding.py")
+    ]
+    assert commands == [[], ["clip.mp4", "folder_of_frames"]]
+    write_video(tmp_path / "clip.mp4", 12)
+    write_folder(tmp_path / "folder_of_frames")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(decoding, "readers", lambda: {"seek": decoding.seek, "decode": decoding.decode})
+    for paths in commands:
+        monkeypatch.setattr("sys.argv", ["decoding.py", *paths, "--repeats", "1"])
+        decoding.main()
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "fails" not in line]
+    read = [(row[0], row[1], row[2], row[-1]) for row in rows if row[0] != "file" and row[1].isdigit()]
+    assert read == [
+        *(
+            (name, "300", reader, "yes")
+            for name in ("h264.mp4", "mpeg4_b_frames.avi")
+            for reader in ("seek", "decode")
+        ),
+        *(("clip.mp4", "12", reader, "yes") for reader in ("seek", "decode")),
+        ("folder_of_frames", "12", "seek", "-"),
+    ]
