@@ -1,6 +1,10 @@
 """Counts the networks of the papers' complexity tables and compares with what is printed there.
 
     python benchmarks/flops.py [--markdown FILE] [--json FILE] [--plot FILE]
+    python benchmarks/flops.py --backbone [NAME ...] [--module NAME]
+
+The second form counts any of timm's networks before and after injecting; without a name, a list of
+popular ones, ACTION-Net's Table 5 with the backbones of today.
 
 "counted" is the convention of ACTION-Net's tables, "fvcore" fvcore's own (docs/complexity.md). A row fits
 when the count rounds to the printed digits, both GFLOPs and parameters; TEFE's are compared by fvcore's
@@ -250,6 +254,42 @@ def plot(path: Path, results: Sequence[Result], etas: Sequence[Eta]) -> None:
     figure.savefig(path, dpi=150)
 
 
+POPULAR = (
+    "resnet50",
+    "mobilenetv2_100",
+    "mobilenetv4_conv_small",
+    "efficientnet_b0",
+    "convnext_tiny",
+    "regnety_040",
+    "repvit_m1",
+    "hgnetv2_b2",
+    "densenet121",
+    "fasternet_t0",
+)
+
+
+def backbone_cells(names: Iterable[str], module: str, classes: int = 174) -> list[Cells]:
+    """Header and rows: any backbone before and after ``inject(model, module)``, 8 frames of 224x224."""
+    clip = (8, 3, 224, 224)
+    cells: list[Cells] = [("backbone", "sites", "M before", "M after", "G before", "G after", "more G")]
+    for name in names:
+        before = _network(name, None, classes, clip, "{}")["fvcore"]
+        after = _network(name, module, classes, clip, "{}")["fvcore"]
+        numbers = (before.parameters / 1e6, after.parameters / 1e6, before.flops / 1e9, after.flops / 1e9)
+        percent = f"{_percent(after.flops, before.flops):+.2f} %"
+        cells.append((name, len(after.sites), *(f"{n:.3f}" for n in numbers), percent))
+    return cells
+
+
+def print_backbones(names: Iterable[str], module: str, path: Path | None) -> None:
+    """Print the table of :func:`backbone_cells`, and write it to ``path``."""
+    title = f"{module} on 8 frames of 224x224, 174 classes, by fvcore's convention"
+    cells = backbone_cells(names, module)
+    print("\n".join([title, *_text_table(cells)]))
+    if path:
+        path.write_text("\n".join([f"### {title}", "", *_markdown_table(cells), ""]))
+
+
 @cache
 def _network(
     backbone: str, module: str | None, classes: int, clip: tuple[int, ...], options: str
@@ -289,10 +329,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, what in (("markdown", "the tables"), ("json", "all numbers"), ("plot", "Figure 4 redrawn")):
         parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"write {what} to FILE")
+    parser.add_argument("--backbone", nargs="*", metavar="NAME", help="count these instead (none: a list)")
+    parser.add_argument("--module", help="module for --backbone (default: action)")
     args = parser.parse_args(argv)
     for path in filter(None, (args.markdown, args.json, args.plot)):
         if not path.parent.is_dir():
             parser.error(f"cannot write {path}: {path.parent} is no directory")
+    if args.backbone is not None:
+        if args.json or args.plot:
+            parser.error("--backbone writes --markdown alone: leave --json and --plot out")
+        if unknown := [name for name in args.backbone if not timm.is_model(name)]:
+            parser.error(f"timm {timm.__version__} has no {', '.join(unknown)}; see timm.list_models()")
+        print_backbones(args.backbone or POPULAR, args.module or "action", args.markdown)
+        return
+    if args.module:
+        parser.error("--module goes with --backbone NAME")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error('--plot needs matplotlib: pip install -e ".[plot]"')
     done = []

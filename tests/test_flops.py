@@ -3,7 +3,10 @@ import json
 import flops
 import published
 import pytest
+import timm
 from published import EGO, JESTER, TABLE_3, TABLE_4, TABLE_5, TABLES, TEA, TEFE, Row, Table
+
+import temporal_excite as te
 
 SMALL = {"backbone": "resnet18", "clip": (4, 3, 32, 32)}
 TABLE = Table(
@@ -176,3 +179,32 @@ def test_an_unwritable_path_is_refused_before_the_counting(monkeypatch, tmp_path
     with pytest.raises(SystemExit):
         flops.main(["--json", str(tmp_path / "nowhere" / "file.json")])
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_backbones_before_and_after(tmp_path, capsys):
+    file = tmp_path / "table.md"
+    flops.main(["--backbone", "resnet10t", "--module", "tsm", "--markdown", str(file)])
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in file.read_text().splitlines()[2:]]
+    name, n, m_before, m_after, g_before, g_after, more = cells[2]
+    assert (name, n, m_before, g_before, more) == ("resnet10t", "4", m_after, g_after, "+0.00 %")
+    printed = capsys.readouterr().out
+    assert all(cell in printed for cell in cells[2])
+    model = timm.create_model("resnet10t", num_classes=174)
+    before = te.count(model, (8, 3, 224, 224))
+    assert [m_before, g_before] == [f"{before.parameters / 1e6:.3f}", f"{before.flops / 1e9:.3f}"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--backbone", "resnet51"], "has no resnet51"),
+        (["--backbone", "--json", "numbers.json"], "leave --json and --plot out"),
+        (["--module", "tsm"], "goes with --backbone"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_the_counting(monkeypatch, capsys, words, message):
+    for name in ("run", "backbone_cells"):
+        monkeypatch.setattr(flops, name, lambda *_: pytest.fail("counted"))
+    with pytest.raises(SystemExit):
+        flops.main(words)
+    assert message in capsys.readouterr().err
