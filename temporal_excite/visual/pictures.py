@@ -119,9 +119,9 @@ def figure(
     height, width = next(iter(rows.values())).shape[2:]
     lines = title.count("\n") + 1 if title else 0
     whole = Figure(
-        figsize=(len(columns) * side + 1.1, len(rows) * side * height / width + 0.25 + 0.2 * lines),
+        figsize=(len(columns) * side + 1.1, len(rows) * side * height / width + 0.3 + 0.23 * lines),
     )
-    whole.set_layout_engine("constrained", w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
+    whole.set_layout_engine("constrained", w_pad=0.01, h_pad=0.02, wspace=0.01, hspace=0.01)
     axes = whole.subplots(len(rows), len(columns), squeeze=False)
     for i, (label, frames) in enumerate(rows.items()):
         for j, t in enumerate(columns):
