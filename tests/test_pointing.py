@@ -9,7 +9,7 @@ import temporal_excite as te
 
 def test_one_disc_moves_and_the_other_stands():
     frames, labels, discs = clips(64, torch.Generator().manual_seed(0))
-    assert frames.shape == (64, T, 3, SIDE, SIDE) and 0 <= frames.min() and frames.max() <= 1
+    assert frames.shape == (64, T, 3, SIDE, SIDE) and frames.min() >= 0 and frames.max() <= 1
     assert set(labels.tolist()) == set(range(len(CLASSES)))
     assert (discs[:, 1] == discs[:, 1, :1]).all()
     assert (discs.sum(dim=1) <= 1).all()  # they do not touch
