@@ -403,9 +403,10 @@ def _select(
 
 def _released_step(model: nn.Module, block: str) -> int:
     """2 for a ResNet whose ``layer3`` has 23 or more blocks, as released; else 1."""
-    if found := re.match(r"(.*?)layer\d+\.\d+$", block):
-        layer3 = model.get_submodule(found[1].rstrip("."))
-        return 2 if len(getattr(layer3, "layer3", ())) >= 23 else 1
+    # features_only=True flattens names: body.layer3 becomes body_layer3
+    if found := re.fullmatch(r"(.*layer)\d+\.\d+", block):
+        parent, _, layer3 = f"{found[1]}3".rpartition(".")
+        return 2 if len(getattr(model.get_submodule(parent), layer3, ())) >= 23 else 1
     return 1
 
 

@@ -210,6 +210,13 @@ def test_every_second_block_and_its_override():
     assert len(te.sites(te.inject(meta_model("resnet101"), "tsm", 2, every=1))) == 33
 
 
+@pytest.mark.parametrize("features_only", [False, True])
+@pytest.mark.parametrize(("name", "expected"), [("resnet101", 18), ("tresnet_m", 21), ("tresnet_xl", 19)])
+def test_every_second_block_whatever_flattens_the_names(name, expected, features_only):
+    model = meta_model(name, features_only=features_only)
+    assert len(te.sites(te.inject(model, "tsm", 2))) == expected
+
+
 def test_network_without_any_shortcut_takes_every_block():
     model = meta_model("lcnet_050")
     assert not any(block.live for block in find_blocks(model))
