@@ -72,7 +72,7 @@ def test_ci_runs_the_commands_of_the_readme():
     commands = [line for line in README.splitlines() if line.startswith("python3 -m venv")]
     assert [command.rpartition(" && ")[2] for command in commands] == [
         ".venv/bin/python benchmarks/flops.py",
-        ".venv/bin/python -m pytest",
+        ".venv/bin/python -m pytest -n auto",
     ]
     script = (ROOT / ".ci" / "run").read_text()
     assert "grep '^python3 -m venv' README.md" in script
