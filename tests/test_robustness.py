@@ -1,0 +1,353 @@
+"""What a network with temporal modules must live through, on one small architecture of every family."""
+
+import copy
+import io
+import pickle
+import socket
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from shapes import meta_model, meta_run
+from timm.layers import convert_sync_batchnorm
+from timm.models._features import FeatureListNet
+from timm.models._manipulate import group_with_matcher
+from timm.utils import ModelEmaV3, reparameterize_model
+from timm.utils.model import freeze
+from torch import nn
+
+import temporal_excite as te
+
+# family -> (architecture, input size): the smallest, or the smallest that shows the family's trap
+FAMILIES = {
+    "resnet": ("resnet10t", 32),
+    "resnetv2": ("resnetv2_18", 32),
+    "res2net": ("res2net50_48w_2s", 32),
+    "resnest": ("resnest14d", 32),
+    "sknet": ("skresnet18", 32),
+    "senet": ("legacy_seresnet18", 32),
+    "regnet": ("regnetx_002", 32),
+    "nfnet": ("test_nfnet", 32),
+    "byobnet": ("test_byobnet", 32),
+    "repvgg": ("repvgg_a0", 32),
+    "mobileone": ("mobileone_s0", 32),
+    "dla": ("dla46_c", 32),
+    "dpn": ("dpn48b", 32),
+    "cspnet": ("cs3darknet_s", 32),
+    "cspnext": ("cspnext_tiny", 32),
+    "tresnet": ("tresnet_m", 32),
+    "hrnet": ("hrnet_w18_small", 32),
+    "efficientnet": ("efficientnet_b0", 32),
+    "condconv": ("efficientnet_cc_b0_4e", 32),
+    "mixnet": ("mixnet_s", 32),
+    "mobilenetv2": ("mobilenetv2_035", 32),
+    "mobilenetv3": ("mobilenetv3_small_050", 32),
+    "mobilenetv4": ("mobilenetv4_conv_small_035", 32),
+    "hardcorenas": ("hardcorenas_a", 32),
+    "ghostnet": ("ghostnet_050", 64),
+    "ghostnetv3": ("ghostnetv3_050", 64),
+    "repghost": ("repghostnet_050", 32),
+    "rexnet": ("rexnetr_100", 32),
+    "lcnetv2": ("lcnetv2_small", 32),
+    "repvit": ("repvit_m0_9", 32),
+    "starnet": ("starnet_s050", 32),
+    "fasternet": ("fasternet_t0", 32),
+    "convnext": ("test_convnext", 32),
+    "inception_next": ("inception_next_atto", 32),
+    "convmixer": ("convmixer_768_32", 32),
+    "mambaout": ("test_mambaout", 32),
+    "metaformer": ("poolformer_s12", 32),
+    "focalnet": ("focalnet_tiny_srf", 32),
+    "fastvit": ("fastvit_t8", 32),
+    "xception_aligned": ("xception41p", 32),
+    "xception": ("legacy_xception", 64),
+    "densenet": ("densenet121", 32),
+    "rdnet": ("rdnet_tiny", 32),
+    "vovnet": ("ese_vovnet19b_slim_dw", 32),
+    "hgnet": ("hgnetv2_b0", 32),
+    "selecsls": ("selecsls42", 32),
+    "inception_v3": ("inception_v3", 96),
+    "inception_v4": ("inception_v4", 96),
+    "inception_resnet_v2": ("inception_resnet_v2", 96),
+    "nasnet": ("nasnetalarge", 64),
+    "pnasnet": ("pnasnet5large", 64),
+    "vgg": ("vgg11", 32),
+    "maxxvit": ("test_maxvit", 160),
+    "tiny_vit": ("tiny_vit_5m_224", 224),
+    "iformer": ("iformer_t", 224),
+    "shvit": ("shvit_s1", 224),
+    "efficientvit_mit": ("efficientvit_b0", 64),
+    "efficientvit_msra": ("efficientvit_m0", 224),
+    "edgenext": ("edgenext_xx_small", 64),
+    "caformer": ("caformer_s18", 64),
+}
+META_ONLY = {
+    *("inception_v3", "inception_v4", "inception_resnet_v2", "nasnet", "pnasnet"),
+    *("maxxvit", "tiny_vit", "iformer", "shvit", "efficientvit_msra"),
+}
+"""Families without a small member or that need large images: on the meta device alone."""
+RUN = [family for family in FAMILIES if family not in META_ONLY]
+T = 2
+
+
+def build(family, module="shift", **kwargs):
+    name, size = FAMILIES[family]
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=4, **kwargs).eval()
+    # the zero-initialised ends of the branches would hide the modules
+    for key, p in model.named_parameters():
+        if (p.ndim <= 1 and not key.endswith("bias")) or "gamma" in key or "gain" in key:
+            p.data.uniform_(0.5, 1)
+    x = torch.randn(2 * T, 3, size, size)
+    if module:
+        te.inject(model, module, T)
+        randomise(model)
+    settle(model, x)
+    return model, x
+
+
+@torch.no_grad()
+def settle(model, x):
+    """Take the batch norms' statistics from ``x``: by their initial ones a deep network's signal dies out,
+    and any two outputs are the same."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for m in norms:
+        m.train()
+        m.momentum = 1.0
+    model(x)
+    for m in norms:
+        m.eval()
+
+
+def randomise(model):
+    for site in te.sites(model):
+        for p in site.module.parameters():
+            nn.init.normal_(p, std=0.3)
+
+
+def same(a, b, tolerance=1e-3):
+    """Equal, relative to the largest value."""
+    assert a.isfinite().all() and b.isfinite().all()
+    return bool((a - b).abs().max() <= tolerance * b.abs().max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", RUN)
+@torch.no_grad()
+def test_survives(family):
+    """Copies, files, averages, channels_last, autocast, synchronised batch norms, another head."""
+    model, x = build(family)
+    expected = model(x)
+    assert not same(expected, expected.mean(0, keepdim=True).expand_as(expected))  # the frames differ
+    paths = [s.layer for s in te.sites(model)]
+
+    twins = {"deepcopy": copy.deepcopy(model), "pickle": pickle.loads(pickle.dumps(model))}
+    twins["EMA"] = ModelEmaV3(model).module
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    twins["state dict"] = te.inject(te.eject(copy.deepcopy(model)), "shift", T)
+    assert not same(twins["state dict"](x), expected, 1e-4)
+    twins["state dict"].load_state_dict(torch.load(file, weights_only=True))
+    for what, twin in twins.items():
+        assert [s.layer for s in te.sites(twin)] == paths, what
+        assert same(twin(x), expected), what
+    # the copy runs its own modules
+    for site in te.sites(twins["deepcopy"]):
+        for p in site.module.parameters():
+            p.zero_()
+    assert not same(twins["deepcopy"](x), expected, 1e-4) and same(model(x), expected)
+    del twins
+
+    assert same(
+        model.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last)), expected
+    )
+    model.to(memory_format=torch.contiguous_format)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x).shape == expected.shape
+    converted = convert_sync_batchnorm(copy.deepcopy(model))
+    if len(te.sites(converted)) == len(paths):
+        assert same(converted(x), expected)
+    else:  # a module on a batch norm itself went with it, and that is said
+        with pytest.raises(RuntimeError, match="convert the batch norms first"):
+            converted(x)
+    model.reset_classifier(7)
+    assert model(x).shape == (2 * T, 7) and [s.layer for s in te.sites(model)] == paths
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_reparameterize(family):
+    """Either every site survives with the same output, or an error comes before anything is lost."""
+    name, _ = FAMILIES[family]
+    methods = ("fuse", "reparameterize", "switch_to_deploy")
+    if not any(hasattr(m, method) for m in meta_model(name).modules() for method in methods):
+        pytest.skip("nothing to re-parameterise in this architecture")
+    model, x = build(family)
+    expected = model(x)
+    n = len(te.sites(model))
+    try:
+        fused = reparameterize_model(model)
+    except RuntimeError as error:
+        assert "eject(model) before" in str(error)
+        assert len(te.sites(model)) == n and same(model(x), expected)
+        fused = te.inject(reparameterize_model(te.eject(model)), "shift", T)  # the other order works
+        fused(x)
+    else:
+        calls = []
+        for site in te.sites(fused):
+            site.module.register_forward_hook(lambda *_: calls.append(1))
+        output = fused(x)
+        assert len(te.sites(fused)) == len(calls) == n
+        assert same(output, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_group_matcher(family):
+    """Layer decay and freezing by groups: a module falls into its block's group."""
+    model = te.inject(meta_model(FAMILIES[family][0]), "shift", T)
+    if not hasattr(model, "group_matcher"):
+        pytest.skip("timm gives this architecture no group_matcher")
+    groups = group_with_matcher(model.named_parameters(), model.group_matcher(coarse=False), reverse=True)
+    own = dict(model.named_parameters())
+    for site in te.sites(model):
+        block = model.get_submodule(site.block)
+        mates = {groups[f"{site.block}.{n}"] for n, _ in block.named_parameters() if "temporal" not in n}
+        module = {groups[n] for n, p in own.items() if any(p is q for q in site.module.parameters())}
+        assert module <= mates, site.block
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", RUN)
+def test_grad_checkpointing(family):
+    model, x = build(family)
+    try:
+        model.set_grad_checkpointing(True)
+    except (AssertionError, AttributeError):
+        pytest.skip("timm gives this architecture no gradient checkpointing")
+    grads = []
+    for enable in (True, False):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model.train()
+        for m in model.modules():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm | nn.Dropout) or "Drop" in type(m).__name__:
+                m.eval()
+        torch.manual_seed(0)  # some networks call F.dropout
+        model(x).square().mean().backward()
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() and any("temporal" in n for n in grads[0])
+    for name in grads[0]:
+        assert same(grads[0][name], grads[1][name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_features_only(family):
+    name, size = FAMILIES[family]
+    try:
+        model = meta_model(name, features_only=True)
+    except (RuntimeError, AttributeError, AssertionError, NotImplementedError, TypeError):
+        pytest.skip("timm gives this architecture no features_only")
+    if family == "vgg":  # timm flattens it: the class is gone, and a convolution alone is no block
+        with pytest.raises(ValueError, match="no site in FeatureListNet"):
+            te.inject(model, "shift", T)
+        model = FeatureListNet(te.inject(meta_model(name), "shift", T), flatten_sequential=True)
+    else:
+        shapes = [f.shape for f in meta_run(model, size)]
+        te.inject(model, "shift", T)
+        assert shapes == [f.shape for f in meta_run(model, size)]
+    calls = []
+    for site in te.sites(model):
+        site.module.register_forward_hook(lambda *_: calls.append(1))
+    meta_run(model, size)
+    # the last features may come before the last block
+    assert len(te.sites(model)) - 1 <= len(calls) <= len(te.sites(model)) and calls
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["resnet", "mobilenetv2", "mixnet", "convnext", "mambaout", "vgg"])
+@torch.no_grad()
+def test_compile_and_export(family):
+    model, x = build(family, "action" if family == "resnet" else "shift")
+    expected = model(x)
+    torch.compiler.reset()
+    assert same(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
+    # T frames of any number of clips
+    frames = T * torch.export.Dim("clips", min=2, max=64)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: frames},))
+    assert same(program.module()(x), expected)
+    more = torch.cat([x, x.flip(0)])
+    assert same(program.module()(more), model(more))
+
+
+@pytest.mark.parametrize("inject_into", ["model", "compiled"])
+@torch.no_grad()
+def test_injection_after_the_first_compiled_call_is_not_ignored(inject_into):
+    model, x = build("byobnet", None)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    plain = compiled(x)
+    te.inject(model if inject_into == "model" else compiled, "tsm", T)
+    assert te.sites(model)
+    changed = compiled(x)
+    assert same(changed, model(x)) and not same(changed, plain)
+    te.eject(model)
+    assert same(compiled(x), plain)
+
+
+def test_converting_the_batch_norm_a_module_follows_is_an_error():
+    model = te.inject(timm.create_model("resnet18").eval(), "tsm", T, "loc4")
+    x = torch.randn(T, 3, 32, 32)
+    model(x)
+    freeze(model, "layer1")  # makes frozen batch norms, without the hooks
+    with pytest.raises(RuntimeError, match="took the place of the batch norm 'bn2'"):
+        model(x)
+
+
+def test_one_frame_acts_as_an_image_model():
+    model, x = build("resnet", None)
+    te.inject(model, "shift", 1)
+    with torch.no_grad():
+        assert same(model(x)[:1], model(x[:1]))
+        te.set_n_segment(model, 2)
+        assert not same(model(x)[:1], te.set_n_segment(model, 1)(x)[:1])
+
+
+def test_batch_not_divisible():
+    model, x = build("resnet")
+    te.set_n_segment(model, 3)
+    with pytest.raises(ValueError, match=r"4 frames are not a multiple of n_segment=3"):
+        model(x)
+
+
+def _train(rank, port, results):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = te.inject(timm.create_model("test_byobnet", num_classes=3), "action", T)
+    for p in model.parameters():
+        if p.ndim == 1:  # zero-initialised last norms let no gradient into their branch
+            p.data.uniform_(0.5, 1)
+    parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=False)
+    for step in range(2):  # the second step fails where a parameter got no gradient in the first
+        torch.manual_seed(10 * step + rank)
+        parallel(torch.randn(2 * T, 3, 32, 32)).square().mean().backward()
+    grads = torch.cat([p.grad.flatten() for s in te.sites(model) for p in s.module.parameters()])
+    results[rank] = grads.tolist()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_ddp_on_two_processes():
+    with mp.Manager() as manager:
+        results = manager.dict()
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        mp.spawn(_train, (port, results), nprocs=2)
+        assert results[0] == results[1] and any(results[0])
