@@ -1,6 +1,8 @@
 """Maps against their definitions, what they leave behind, the pictures, and what is refused."""
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import timm
@@ -227,6 +229,24 @@ def test_host_families(name):
             visual.cam(model, x)
     else:
         assert visual.cam(model, x).shape == maps.shape
+
+
+EXAMPLES = json.loads((Path(__file__).parent / "timm_examples.json").read_text())
+TOKENS = {"efficientformer_l1", "vit_small_r26_s32_224", "vitamin_small_224"}  # end in (B, N, C)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "size"), EXAMPLES.values(), ids=EXAMPLES)
+def test_a_host_of_every_block_class(name, size):
+    model = te.inject(timm.create_model(name, num_classes=5), "tsm", n_segment=2)
+    model = te.VideoClassifier(model, dropout=0.0).eval()
+    x = torch.randn(1, 2, 3, size, size)
+    if name in TOKENS:
+        with pytest.raises(ValueError, match=r"is no feature map .* choose another layer"):
+            visual.grad_cam(model, x)
+        return
+    maps = visual.grad_cam(model, x)
+    assert maps.shape[:2] == (1, 2) and maps.isfinite().all()
 
 
 # ---- what is refused
