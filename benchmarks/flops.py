@@ -1,6 +1,6 @@
 """Counts the networks of the papers' complexity tables and compares with what is printed there.
 
-    python benchmarks/flops.py [--markdown FILE] [--json FILE] [--plot FILE]
+    python benchmarks/flops.py [--paper action-net|tea|tefe|all] [--markdown FILE] [--json FILE] [--plot FILE]
     python benchmarks/flops.py --backbone [NAME ...] [--module NAME]
 
 The second form counts any of timm's networks before and after injecting; without a name, a list of
@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 
 import timm
-from published import TABLE_5, TABLES, Row, Table
+from published import PAPERS, TABLE_5, Row, Table
 
 import temporal_excite as te
 from temporal_excite._text import columns
@@ -329,6 +329,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, what in (("markdown", "the tables"), ("json", "all numbers"), ("plot", "Figure 4 redrawn")):
         parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"write {what} to FILE")
+    parser.add_argument("--paper", choices=[*PAPERS, "all"], help="whose tables (default: action-net)")
     parser.add_argument("--backbone", nargs="*", metavar="NAME", help="count these instead (none: a list)")
     parser.add_argument("--module", help="module for --backbone (default: action)")
     args = parser.parse_args(argv)
@@ -338,6 +339,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.backbone is not None:
         if args.json or args.plot:
             parser.error("--backbone writes --markdown alone: leave --json and --plot out")
+        if args.paper:
+            parser.error("--backbone prints no paper's tables: leave --paper out")
         if unknown := [name for name in args.backbone if not timm.is_model(name)]:
             parser.error(f"timm {timm.__version__} has no {', '.join(unknown)}; see timm.list_models()")
         print_backbones(args.backbone or POPULAR, args.module or "action", args.markdown)
@@ -346,8 +349,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--module goes with --backbone NAME")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error('--plot needs matplotlib: pip install -e ".[plot]"')
+    papers = list(PAPERS) if args.paper == "all" else [args.paper or "action-net"]
+    tables = [table for paper in papers for table in PAPERS[paper]]
+    if args.plot and TABLE_5 not in tables:
+        parser.error(f"--plot draws ACTION-Net's Figure 4: leave --paper {args.paper} out")
     done = []
-    for table in TABLES:
+    for table in tables:
         done.append((table, *run(table)))
         print(text(*done[-1]), flush=True)
     if args.markdown:

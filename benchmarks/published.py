@@ -287,4 +287,5 @@ TEFE = Table(
     ),
 )
 
-TABLES = (TABLE_3, TABLE_4, TABLE_5, TEA, TEFE)
+PAPERS = {"action-net": (TABLE_3, TABLE_4, TABLE_5), "tea": (TEA,), "tefe": (TEFE,)}
+TABLES = tuple(table for tables in PAPERS.values() for table in tables)

@@ -163,7 +163,7 @@ def test_text_markdown_and_json_hold_the_same(small):
 
 def test_the_command_writes_what_it_prints(monkeypatch, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(flops, "TABLES", (TABLE,))
+    monkeypatch.setattr(flops, "PAPERS", {"action-net": (TABLE,)})
     monkeypatch.setattr(flops, "TABLE_5", TABLE)
     paths = {name: tmp_path / f"{name}.png" for name in ("markdown", "json", "plot")}
     flops.main([word for name, path in paths.items() for word in (f"--{name}", str(path))])
@@ -200,6 +200,8 @@ def test_backbones_before_and_after(tmp_path, capsys):
         (["--backbone", "resnet51"], "has no resnet51"),
         (["--backbone", "--json", "numbers.json"], "leave --json and --plot out"),
         (["--module", "tsm"], "goes with --backbone"),
+        (["--paper", "tea", "--plot", "figure.png"], "leave --paper tea out"),
+        (["--paper", "tea", "--backbone"], "leave --paper out"),
     ],
 )
 def test_wrong_arguments_are_refused_before_the_counting(monkeypatch, capsys, words, message):
