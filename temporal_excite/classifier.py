@@ -5,7 +5,7 @@ import inspect
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from .ops import positive_int
+from .ops import check_whole_clips, positive_int
 
 
 class VideoClassifier(nn.Module):
@@ -90,11 +90,7 @@ class VideoClassifier(nn.Module):
             raise ValueError(
                 f"expected clips (N, T, 3, H, W) or frames (N*T, 3, H, W), got {x.ndim}-D {tuple(x.shape)}"
             )
-        if x.shape[0] % segments:
-            raise ValueError(
-                f"{x.shape[0]} frames are not a multiple of n_segment={segments}: feed whole clips, "
-                "or call set_n_segment(model, T) for clips of T frames"
-            )
+        check_whole_clips(x, segments)
         return x
 
     def _frame_logits(self, x: Tensor) -> Tensor:

@@ -43,6 +43,11 @@ def check_frames(x: Tensor, n_segment: int, channels: int) -> None:
         )
     if x.shape[1] != channels:
         raise ValueError(f"module built for {channels} channels got input {tuple(x.shape)}")
+    check_whole_clips(x, n_segment)
+
+
+def check_whole_clips(x: Tensor, n_segment: int) -> None:
+    """Raise a ``ValueError`` naming both numbers unless ``x`` holds a multiple of ``n_segment`` frames."""
     if x.shape[0] % n_segment:
         raise ValueError(
             f"{x.shape[0]} frames are not a multiple of n_segment={n_segment}: feed whole clips, "
