@@ -1,5 +1,6 @@
 """Putting temporal modules into a network and taking them out again."""
 
+import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ._text import columns
 from .hosts import PLACEMENTS, Block, find_blocks
-from .modules.base import TemporalModule
+from .modules.base import TemporalModule, is_causal
 from .modules.registry import module_factory, module_names, network_plan
 from .ops import positive_int
 
@@ -214,6 +215,7 @@ def inject(
     include: BlockFilter | None = None,
     exclude: BlockFilter | None = None,
     every: int | None = None,
+    causal: bool = False,
     **kwargs: Any,
 ) -> Model:
     """Put a temporal module into every residual, inverted-residual or inception block of a model, in place.
@@ -235,13 +237,16 @@ def inject(
         exclude: no block whose name matches.
         every: every k-th block of a stage, starting with its first. Default: 2 in networks whose ``layer3``
             holds 23 blocks or more, else 1, as the released TSM and ACTION-Net; always 1 for networks.
+        causal: the modules' causal form, whose output at a frame never depends on later ones, for
+            :class:`~temporal_excite.Stream`. The keyword goes to the module or network.
         **kwargs: for the module or network.
 
     Returns:
         The same model.
 
     Raises:
-        TypeError: an argument of the wrong type, or a keyword the module does not take.
+        TypeError: an argument of the wrong type, a keyword the module does not take, or ``causal`` for a
+            module without a causal form.
         ValueError: an unknown name, placement or stage, a value out of range, or a model without a site.
         RuntimeError: the model already holds temporal modules.
     """
@@ -261,6 +266,9 @@ def inject(
         raise RuntimeError(
             f"{type(model).__name__} already holds {len(held)} temporal modules; eject(model) first"
         )
+    if causal:
+        _check_causal(plan or factory, module)
+        kwargs["causal"] = True
     if plan:
         insertions = plan(_select(model, stages, include, exclude, every or 1), n_segment, **kwargs)
     else:
@@ -270,6 +278,12 @@ def inject(
             _check_place(block, anchor)
             child = factory(block.channels(anchor), n_segment=n_segment, **kwargs)
             insertions.append(Insertion(block, anchor, placement or "loc1", child))
+    for insertion in insertions:
+        if causal and not is_causal(insertion.module):
+            raise TypeError(
+                f"{type(insertion.module).__name__} takes causal=True, but its attribute causal, or a "
+                "part's, is not True: derive it from temporal_excite.modules.TemporalModule"
+            )
     for insertion in insertions:
         _attach(model, insertion)
     _forget_compiled()
@@ -434,6 +448,13 @@ def _skipped(model: nn.Module) -> SkippedList:
             reason = "left out by every, stages, include or exclude" if taken else "nothing injected"
         found.append(Skipped(block.name, type(block.module).__name__, block.stage, reason))
     return found
+
+
+def _check_causal(factory: Callable[..., Any], module: Any) -> None:
+    """Raise unless a factory of modules, or a network's plan, takes the keyword ``causal``."""
+    parameters = inspect.signature(factory).parameters.values()
+    if not any(p.name == "causal" or p.kind is p.VAR_KEYWORD for p in parameters):
+        raise TypeError(f"{module!r} has no causal form: it takes no keyword causal")
 
 
 def _check_place(block: Block, anchor: str) -> None:

@@ -24,7 +24,7 @@ TEMPORAL_CONVS: dict[str, Callable[..., nn.Module]] = {
     "conv": partial(TemporalConv, init="random", depthwise=False),
     "tsm": TemporalShift,
 }
-"""TEA's Table 5: ``factory(channels, n_segment)`` of each temporal convolution it compares."""
+"""TEA's Table 5: ``factory(channels, n_segment, causal=...)`` of each temporal convolution it compares."""
 
 
 def tea(
@@ -36,6 +36,7 @@ def tea(
     residual: bool = True,
     scale: int | None = None,
     form: str = "released",
+    causal: bool = False,
 ) -> list[Insertion]:
     """``"tea"`` and, with ``me=False``, ``"mta"``: every block a TEA block (Fig. 3; Fig. 4 c).
 
@@ -52,6 +53,7 @@ def tea(
         residual: of the same; ``False`` on ResNet's bottlenecks only.
         scale: of :class:`~temporal_excite.MTA`; default 4, on Res2Net the block's own.
         form: ``"released"`` or ``"text"``, for both.
+        causal: the causal form of all modules.
 
     Raises:
         ValueError: a block is neither a Res2Net nor a ResNet bottleneck, or a value does not fit it.
@@ -59,7 +61,12 @@ def tea(
     plan = []
     for block in blocks:
         excite = partial(
-            MotionExcitation, n_segment=n_segment, reduction=reduction, residual=residual, form=form
+            MotionExcitation,
+            n_segment=n_segment,
+            reduction=reduction,
+            residual=residual,
+            form=form,
+            causal=causal,
         )
         if not _is_res2net(block):
             conv = _conv2(block)
@@ -73,6 +80,7 @@ def tea(
                 dilation=conv.dilation[0],
                 groups=conv.groups,
                 form=form,
+                causal=causal,
             )
             steps: dict[str, nn.Module] = {"me": excite(conv.in_channels)} if me else {}
             steps["mta"] = mta
@@ -85,22 +93,28 @@ def tea(
             plan.append(_behind_relu(block, "me", {"me": excite(host.width * host.scale)}))
         start = "identity" if form == "released" else "shift"
         for i in range(len(host.convs)):
-            shift = TemporalConv(host.width, n_segment, init=start)
+            shift = TemporalConv(host.width, n_segment, init=start, causal=causal)
             plan.append(Insertion(block, f"pre:convs.{i}", f"mta.{i + 1}", shift))
         if form == "released" and host.scale > 1:
             label = f"mta.{host.scale}"
             if host.pool is not None:
-                last: nn.Module = TemporalConv(host.width, n_segment, shift_div=2)
+                last: nn.Module = TemporalConv(host.width, n_segment, shift_div=2, causal=causal)
                 plan.append(Insertion(block, "pre:pool", label, last))
             else:
                 # nothing acts on the last part alone: drop_block (mostly an identity) has all parts joined
-                last = PartConv(host.width * host.scale, n_segment, width=host.width)
+                last = PartConv(host.width * host.scale, n_segment, width=host.width, causal=causal)
                 plan.append(Insertion(block, "pre:drop_block", label, last))
     return plan
 
 
 def two_plus_one(
-    blocks: list[Block], n_segment: int, *, conv: str = "shift", excite: str | None = None, **kwargs: Any
+    blocks: list[Block],
+    n_segment: int,
+    *,
+    conv: str = "shift",
+    excite: str | None = None,
+    causal: bool = False,
+    **kwargs: Any,
 ) -> list[Insertion]:
     """``"2plus1d"`` (Fig. 4 a, b), ``"2plus1d_me"`` (d; f with ``residual=False``), ``"2plus1d_se"`` (e).
 
@@ -113,6 +127,7 @@ def two_plus_one(
         n_segment: T.
         conv: the temporal convolution (Table 5): ``"shift"``, ``"cw"``, ``"conv"`` or ``"tsm"``.
         excite: None, ``"me"`` or ``"se"``.
+        causal: the causal form of the convolution and ME.
         **kwargs: for :class:`~temporal_excite.modules.MotionExcitation` or timm's ``SEModule``.
 
     Raises:
@@ -126,9 +141,9 @@ def two_plus_one(
     for block in blocks:
         anchor = "out:bn1" if _is_res2net(block) else block.anchor("loc2")
         channels = block.channels(anchor)
-        steps: dict[str, nn.Module] = {"conv": TEMPORAL_CONVS[conv](channels, n_segment)}
+        steps: dict[str, nn.Module] = {"conv": TEMPORAL_CONVS[conv](channels, n_segment, causal=causal)}
         if excite == "me":
-            steps = {"me": MotionExcitation(channels, n_segment, **kwargs), **steps}
+            steps = {"me": MotionExcitation(channels, n_segment, causal=causal, **kwargs), **steps}
         elif excite == "se":
             steps = {"se": SEModule(channels, **{"rd_ratio": 1 / 16, "rd_divisor": 1, **kwargs}), **steps}
         elif kwargs:
@@ -148,6 +163,7 @@ def tefe(
     fe: Sequence[int] = (0, 3, 5, 2),
     reduction: int = 4,
     relu: bool = False,
+    causal: bool = False,
 ) -> list[Insertion]:
     """``"tefe"``: TE in some bottlenecks of a stage, FE in others (section III.C; Table 5).
 
@@ -163,6 +179,7 @@ def tefe(
         fe: number of FE blocks in stages 2 to 5.
         reduction: of :class:`~temporal_excite.TEModule`.
         relu: of the same.
+        causal: the causal form of all modules.
 
     Raises:
         ValueError: more TE and FE blocks than a stage has, or a block whose 3x3 convolution is unknown.
@@ -184,10 +201,11 @@ def tefe(
             )
         for block in members[:n_te]:
             anchor = block.anchor("loc3")
-            module = TEModule(block.channels(anchor), n_segment, reduction, relu=relu)
+            module = TEModule(block.channels(anchor), n_segment, reduction, relu=relu, causal=causal)
             plan.append(Insertion(block, anchor, "te", module))
         for block in members[n_te : n_te + n_fe]:
-            plan.append(Insertion(block, "around:conv2", "fe", FEModule.around(_conv2(block), n_segment)))
+            enhance = FEModule.around(_conv2(block), n_segment, causal=causal)
+            plan.append(Insertion(block, "around:conv2", "fe", enhance))
     if not plan:
         raise ValueError(f"te={tuple(te)} and fe={tuple(fe)} put no module into stages {sorted(stages)}")
     return plan

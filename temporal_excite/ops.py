@@ -25,6 +25,11 @@ def countable() -> Iterator[None]:
         _countable = before
 
 
+def in_graph() -> bool:
+    """Whether the calls are being recorded into a graph."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def positive_int(name: str, value: int) -> int:
     """``value``, or an error that names it when it is not a whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int):
@@ -61,22 +66,29 @@ def to_clips(x: Tensor, n_segment: int) -> Tensor:
     return x.view(x.shape[0] // n_segment, n_segment, *x.shape[1:])
 
 
-def previous(frames: Tensor, n_segment: int) -> Tensor:
-    """Frames moved so that frame t of a clip holds frame t-1; the first frame is zero."""
-    return _moved(torch.cat([frames[-1:], frames[:-1]]), n_segment, vacated=0)
+def previous(frames: Tensor, n_segment: int, steps: int = 1) -> Tensor:
+    """Frames moved so that frame t of a clip holds frame t - ``steps``; the first ones are zero."""
+    moved = torch.cat([frames[-steps:], frames[:-steps]])
+    return moved.masked_fill_(_positions(frames, n_segment) < steps, 0)
 
 
 def following(frames: Tensor, n_segment: int) -> Tensor:
     """Frames moved so that frame t of a clip holds frame t+1; the last frame is zero."""
-    return _moved(torch.cat([frames[1:], frames[:1]]), n_segment, vacated=n_segment - 1)
+    moved = torch.cat([frames[1:], frames[:1]])
+    return moved.masked_fill_(_positions(frames, n_segment) == n_segment - 1, 0)
 
 
-def _moved(frames: Tensor, n_segment: int, vacated: int) -> Tensor:
+def first_zeroed(frames: Tensor, n_segment: int) -> Tensor:
+    """Frames, the first one of each clip zero."""
+    return frames.masked_fill(_positions(frames, n_segment) == 0, 0)
+
+
+def _positions(frames: Tensor, n_segment: int) -> Tensor:
+    """Each frame's index in its clip, ``(N*T, 1, ...)``."""
     # No view by clips: an exporter keeps the batch one symbol, where each round of splitting and joining
     # it would multiply the expression for it
     position = torch.arange(frames.shape[0], device=frames.device) % n_segment
-    mask = (position == vacated).view(-1, *[1] * (frames.ndim - 1))
-    return frames.masked_fill_(mask, 0)
+    return position.view(-1, *[1] * (frames.ndim - 1))
 
 
 def sum_taps(before: Tensor, now: Tensor, after: Tensor, n_segment: int) -> Tensor:
@@ -109,6 +121,27 @@ def temporal_conv(x: Tensor, weight: Tensor, n_segment: int) -> Tensor:
         return y.transpose(1, 2).reshape(x.shape)
     before, now, after = weight.view(-1, 3, 1, 1).unbind(1)
     return sum_taps(x * before, x * now, x * after, n_segment)
+
+
+def causal_conv(now: Tensor, past: Sequence[Tensor], weight: Tensor) -> Tensor:
+    """Causal temporal convolution, ``y[t] = W[..., 0] x[t-2] + W[..., 1] x[t-1] + W[..., 2] x[t]``.
+
+    Args:
+        now: x, ``(N*T, C, H, W)``.
+        past: x[t-1] and x[t-2], of the same shape.
+        weight: as for :func:`temporal_conv`; or ``(N*T, C, 1, 3)``, depthwise and its own for each frame.
+    """
+    one, two = past
+    weight = weight.to(now.dtype)
+    if weight.ndim == 3 and weight.shape[1] == now.shape[1]:
+        return F.conv2d(torch.cat([two, one, now], 1), weight.transpose(1, 2).flatten(1)[..., None, None])
+    if _countable:
+        groups = torch.stack([two, one, now], 2).flatten(0, 2)  # (N*T * C * 3, H, W)
+        kernel = weight.expand(len(now), -1, -1, 3) if weight.ndim == 4 else weight.repeat(len(now), 1, 1)
+        kernel = kernel.reshape(-1, 3, 1, 1)
+        return F.conv2d(groups[None], kernel, groups=len(kernel)).view(now.shape)
+    first, second, third = weight.reshape(-1, now.shape[1], 3, 1, 1).unbind(2)
+    return (now * third).addcmul_(two, first).addcmul_(one, second)
 
 
 def clipwise_temporal_conv(x: Tensor, kernel: Tensor, n_segment: int) -> Tensor:

@@ -15,15 +15,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from . import ops
-from .ops import following, previous, to_clips
+from . import ops, past
+from .ops import following, in_graph, previous, to_clips
 
 _BLOCK = 1 << 20  # bytes; what a pass works on at a time, small enough for a core's share of the cache
-
-
-def in_graph() -> bool:
-    """Whether the calls are being recorded into a graph."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def recompute(function: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module) -> Tensor:
@@ -32,7 +27,8 @@ def recompute(function: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module
     ``module`` owns the parameters; its batch norms' running statistics move once.
     """
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *module.parameters()))
-    if in_graph() or not needs_grad or _holds_other_norms(module):
+    # in a step of a stream the past is at hand only now
+    if in_graph() or not needs_grad or _holds_other_norms(module) or past.current():
         return function(x)
     contexts = partial(_recompute_contexts, module)
     result: Tensor = checkpoint(
@@ -72,52 +68,63 @@ class _StillStatistics:
             norm._buffers.update(own)
 
 
-def temporal_conv(x: Tensor, weight: Tensor, n_segment: int) -> Tensor:
+def temporal_conv(x: Tensor, weight: Tensor, n_segment: int, causal: bool = False) -> Tensor:
     """:func:`~temporal_excite.ops.temporal_conv`:
-    ``y[t] = w[:, 0] x[t-1] + w[:, 1] x[t] + w[:, 2] x[t+1]``."""
-    if in_graph():
-        return ops.temporal_conv(x, weight, n_segment)
-    result: Tensor = _TemporalConv.apply(x, weight, n_segment)
-    return result
+    ``y[t] = w[:, 0] x[t-1] + w[:, 1] x[t] + w[:, 2] x[t+1]``; causal the same of frames t-2, t-1, t."""
+    if not in_graph():
+        result: Tensor = _TemporalConv.apply(x, weight, n_segment, -1 if causal else 0)
+        return result
+    if causal:
+        return ops.causal_conv(x, [previous(x, n_segment, k) for k in (1, 2)], weight)
+    return ops.temporal_conv(x, weight, n_segment)
 
 
 class _TemporalConv(torch.autograd.Function):
+    """Tap k meets frame ``t + k - 1 + offset``."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, n_segment: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, n_segment: int, offset: int) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.n_segment = n_segment
+        ctx.options = n_segment, offset
         last_layout = _is_channels_last(x)
         y = torch.empty_like(x, memory_format=torch.channels_last if last_layout else torch.contiguous_format)
         taps = weight.to(x.dtype)[:, 0].T
         if last_layout:  # rows of W * C: a loop over C alone would be too short
             source, target = (t.permute(0, 2, 3, 1).flatten(2) for t in (x, y))
-            before, now, after = taps.repeat(1, x.shape[3])
+            taps = taps.repeat(1, x.shape[3])
         else:
             source, target = x.flatten(2), y.flatten(2)
-            before, now, after = taps.unsqueeze(2)
+            taps = taps.unsqueeze(2)
         source, target = to_clips(source, n_segment), to_clips(target, n_segment)
         for clips, first, last in _blocks(source):
             old, new = source[clips], target[clips]
-            torch.mul(old[:, first:last], now, out=new[:, first:last])
-            low, high = max(first, 1), min(last, n_segment - 1)
-            if low < last:
-                new[:, low:last].addcmul_(old[:, low - 1 : last - 1], before)
-            if first < high:
-                new[:, first:high].addcmul_(old[:, first + 1 : high + 1], after)
+            torch.mul(old[:, first:last], taps[1 - offset], out=new[:, first:last])
+            for k, d in _steps(offset):
+                low, high = max(first, -d), min(last, n_segment - d)
+                if d and low < high:
+                    new[:, low:high].addcmul_(old[:, low + d : high + d], taps[k])
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
+        n_segment, offset = ctx.options
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:  # the adjoint convolution: taps in reverse order
-            grad_x = temporal_conv(grad, weight.flip(-1), ctx.n_segment)
+            grad_x = _TemporalConv.apply(grad, weight.flip(-1), n_segment, -offset)
         if ctx.needs_input_grad[1]:
-            g, clips = to_clips(grad, ctx.n_segment), to_clips(x, ctx.n_segment)
-            pairs = ((g[:, 1:], clips[:, :-1]), (g, clips), (g[:, :-1], clips[:, 1:]))
-            sums = [_sum_of_products(a, b) for a, b in pairs]
+            g, clips = to_clips(grad, n_segment), to_clips(x, n_segment)
+            sums = []
+            for _, d in _steps(offset):
+                low, high = max(0, -d), max(0, n_segment - max(0, d))
+                sums.append(_sum_of_products(g[:, low:high], clips[:, low + d : high + d]))
             grad_weight = torch.stack(sums, -1).unsqueeze(1).to(weight.dtype)
-        return grad_x, grad_weight, None
+        return grad_x, grad_weight, None, None
+
+
+def _steps(offset: int) -> Iterator[tuple[int, int]]:
+    """(tap, how many frames ahead of the present it looks)."""
+    return ((k, k - 1 + offset) for k in range(3))
 
 
 def window_means(x: Tensor) -> Tensor:
@@ -210,23 +217,24 @@ class _Gate(torch.autograd.Function):
         return grad_y, grad_channel, grad_pixel
 
 
-def part_shift(x: Tensor, fold: int, n_segment: int) -> Tensor:
-    """Channels ``[0, fold)`` from the next frame, ``[fold, 2*fold)`` from the previous, zeros at the ends."""
+def part_shift(x: Tensor, ahead: int, behind: int, n_segment: int) -> Tensor:
+    """Channels ``[0, ahead)`` from the next frame, ``behind`` more from the previous, zeros at the ends."""
     if in_graph():
-        to_past, to_future, rest = x.tensor_split((fold, 2 * fold), dim=1)
+        to_past, to_future, rest = x.tensor_split((ahead, ahead + behind), dim=1)
         return torch.cat([following(to_past, n_segment), previous(to_future, n_segment), rest], dim=1)
-    result: Tensor = _PartShift.apply(x, fold, n_segment, False)
+    result: Tensor = _PartShift.apply(x, ahead, behind, n_segment, False)
     return result
 
 
 class _PartShift(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, fold: int, n_segment: int, reverse: bool) -> Tensor:
-        ctx.options = fold, n_segment, not reverse
+    def forward(ctx: Any, x: Tensor, ahead: int, behind: int, n_segment: int, reverse: bool) -> Tensor:
+        ctx.options = ahead, behind, n_segment, not reverse
         y = torch.empty_like(x)
         source, target = to_clips(x, n_segment), to_clips(y, n_segment)
-        target[:, :, 2 * fold :] = source[:, :, 2 * fold :]
-        to_past, to_future = slice(0, fold), slice(fold, 2 * fold)
+        moving = ahead + behind
+        target[:, :, moving:] = source[:, :, moving:]
+        to_past, to_future = slice(0, ahead), slice(ahead, moving)
         if reverse:
             to_past, to_future = to_future, to_past
         target[:, :-1, to_past] = source[:, 1:, to_past]
@@ -236,8 +244,8 @@ class _PartShift(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _PartShift.apply(grad, *ctx.options), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return _PartShift.apply(grad, *ctx.options), None, None, None, None
 
 
 def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:

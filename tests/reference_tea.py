@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from reference import at, batch_norm, frames_of, motion, stack, temporal_conv
+from reference import at, batch_norm, first_tap, frames_of, motion, stack, temporal_conv
 from torch import Tensor, nn
 
 
@@ -12,12 +12,12 @@ def unit_norm(channels: int) -> nn.BatchNorm2d:
     return norm
 
 
-def full_temporal_conv(x: Tensor, weight: Tensor, n_segment: int) -> Tensor:
+def full_temporal_conv(x: Tensor, weight: Tensor, n_segment: int, first: int = -1) -> Tensor:
     """y[t] = W0 x[t-1] + W1 x[t] + W2 x[t+1], W a matrix over channels."""
     return stack(
         [
             [
-                sum(torch.einsum("oi,ihw->ohw", weight[:, :, k], at(clip, t + k - 1)) for k in range(3))
+                sum(torch.einsum("oi,ihw->ohw", weight[:, :, k], at(clip, t + k + first)) for k in range(3))
                 for t in range(n_segment)
             ]
             for clip in frames_of(x, n_segment)
@@ -29,7 +29,8 @@ def motion_excitation(x: Tensor, module: nn.Module) -> Tensor:
     """TEA, Eqs. 1-5."""
     released = module.form == "released"
     norm = module.norm if released else unit_norm(len(module.squeeze.weight))
-    pooled = motion(x, module.squeeze.weight, norm, module.transform.weight, module.n_segment)
+    weights = (module.squeeze.weight, norm, module.transform.weight)
+    pooled = motion(x, *weights, module.n_segment, module.causal)
     expanded = (pooled @ module.expand.weight[:, :, 0, 0].T)[:, :, None, None]
     if released:
         gate = torch.sigmoid(batch_norm(expanded, module.norm2)) - 0.5
@@ -40,7 +41,7 @@ def motion_excitation(x: Tensor, module: nn.Module) -> Tensor:
 
 def mta(x: Tensor, module: nn.Module) -> Tensor:
     """TEA, Eqs. 6, 7, and the released order of the parts."""
-    t, s = module.n_segment, module.scale
+    t, s, first = module.n_segment, module.scale, first_tap(module)
     width = x.shape[1] // s
     parts = {i + 1: x[:, i * width : (i + 1) * width] for i in range(s)}  # X_1 .. X_s
     y: dict[int, Tensor] = {}
@@ -57,13 +58,13 @@ def mta(x: Tensor, module: nn.Module) -> Tensor:
         y[1] = pooled(parts[1])
         for i in range(2, s + 1):
             part = parts[i] if i == 2 or module.stage else parts[i] + y[i - 1]
-            y[i] = spatial(i - 2, temporal_conv(part, module.shifts[i - 2].weight, t))
+            y[i] = spatial(i - 2, temporal_conv(part, module.shifts[i - 2].weight, t, first))
     else:
         for i in range(1, s):
             part = parts[i] if i == 1 or module.stage else parts[i] + y[i - 1]
-            y[i] = spatial(i - 1, temporal_conv(part, module.shifts[i - 1].weight, t))
+            y[i] = spatial(i - 1, temporal_conv(part, module.shifts[i - 1].weight, t, first))
             y[i] = torch.clamp(batch_norm(y[i], module.norms[i - 1]), min=0)
-        y[s] = pooled(temporal_conv(parts[s], module.shifts[s - 1].weight, t))
+        y[s] = pooled(temporal_conv(parts[s], module.shifts[s - 1].weight, t, first))
     return torch.cat([y[i] for i in range(1, s + 1)], dim=1)
 
 
@@ -97,18 +98,43 @@ def temporal_extraction(x: Tensor, module: nn.Module) -> Tensor:
     return stack(outputs)
 
 
-def kernel_of(sides: nn.Conv2d, center: Tensor) -> Tensor:
-    """The 3x3x3 kernel ``(O, I / groups, 3, kh, kw)`` of a centre tap and the two beside it."""
+def causal_extraction(x: Tensor, module: nn.Module) -> Tensor:
+    """The same from the past alone: taps t-2, t-1, t, and at each frame a kernel from the last T means."""
+
+    def conv(series: list[Tensor], weight: Tensor) -> list[Tensor]:
+        return [sum(weight[:, :, k] @ at(series, t + k - 2) for k in range(3)) for t in range(len(series))]
+
+    outputs, length = [], module.fc1.in_features
+    for clip in frames_of(x, module.n_segment):
+        s = [frame.mean((1, 2)) for frame in clip]
+        gates = conv(conv(s, module.reduce.weight), module.expand.weight)
+        x0 = [frame * torch.sigmoid(gate)[:, None, None] for frame, gate in zip(clip, gates, strict=True)]
+        frames = []
+        for t in range(len(clip)):
+            window = torch.stack([at(s, i) for i in range(t - length + 1, t + 1)], dim=1)
+            hidden = window @ module.fc1.weight.T
+            if isinstance(module.act, nn.ReLU):
+                hidden = torch.clamp(hidden, min=0)
+            q = torch.softmax(hidden @ module.fc2.weight.T, dim=1)
+            frames.append(sum(q[:, k, None, None] * at(x0, t + k - 2) for k in range(3)))
+        outputs.append(frames)
+    return stack(outputs)
+
+
+def kernel_of(sides: nn.Conv2d, center: Tensor, causal: bool = False) -> Tensor:
+    """The 3x3x3 kernel ``(O, I / groups, 3, kh, kw)`` of a centre tap and the two beside it, or before it."""
     groups = sides.groups
     per_group = len(center) // groups
     taps = sides.weight.reshape(groups, 2, per_group, *center.shape[1:])
     before, after = (taps[:, k].reshape(center.shape) for k in range(2))
-    return torch.stack([before, center, after], dim=2)
+    return torch.stack([before, after, center] if causal else [before, center, after], dim=2)
 
 
 def feature_enhancement(x: Tensor, module: nn.Module, host: nn.Conv2d | None = None) -> Tensor:
     """TEFE, Eq. 10 without U, by conv3d."""
     clips = x.unflatten(0, (-1, module.n_segment)).transpose(1, 2)
+    if module.causal:
+        clips = F.pad(clips, (0, 0, 0, 0, 2, 0))
     factors = []
     for conv in (module.conv1, module.conv2):
         center = host if conv.center is None else conv.center
@@ -116,10 +142,10 @@ def feature_enhancement(x: Tensor, module: nn.Module, host: nn.Conv2d | None = N
         factors.append(
             F.conv3d(
                 clips,
-                kernel_of(like, center.weight),
+                kernel_of(like, center.weight, module.causal),
                 center.bias,
                 stride=(1, *like.stride),
-                padding=(1, *like.padding),
+                padding=(0 if module.causal else 1, *like.padding),
                 dilation=(1, *like.dilation),
                 groups=like.groups,
             )

@@ -34,26 +34,29 @@ def gate_of(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The reference's gate for an STE, CE or ME."""
     t = module.n_segment
     if isinstance(module, STE):
-        return reference.ste_gate(x, module.weight, t)
+        return reference.ste_gate(x, module.weight, t, reference.first_tap(module))
     if isinstance(module, CE):
         relu = isinstance(module.act, nn.ReLU)
         weights = (module.squeeze.weight, module.temporal.weight, module.expand.weight)
-        return reference.ce_gate(x, *weights, t, relu)
+        return reference.ce_gate(x, *weights, t, relu, reference.first_tap(module))
     assert isinstance(module, ME)
     weights = (module.squeeze.weight, module.norm, module.transform.weight, module.expand.weight)
-    return reference.me_gate(x, *weights, t)
+    return reference.me_gate(x, *weights, t, module.causal)
 
 
 def plain(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """What the equations give for a module."""
     if isinstance(module, TemporalShift):
+        if module.causal:
+            return reference.causal_shift(x, module.channels // 4, module.n_segment)
         return reference.part_shift(x, module.channels // 4, module.n_segment)
     if isinstance(module, TemporalConv):
-        return reference.temporal_conv(x, module.weight, module.n_segment)
+        return reference.temporal_conv(x, module.weight, module.n_segment, reference.first_tap(module))
     if isinstance(module, ActionModule):
         y = x
         if isinstance(module.shift, TemporalConv):
-            y = reference.temporal_conv(x, module.shift.weight, module.n_segment)
+            first = reference.first_tap(module)
+            y = reference.temporal_conv(x, module.shift.weight, module.n_segment, first)
         gates = [gate_of(getattr(module, path), y) for path in module.paths]
         if module.identity_start:
             return sum(y + y * (2 * gate - 1) for gate in gates) / len(gates)

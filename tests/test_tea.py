@@ -46,7 +46,7 @@ def expected(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return plain.mta(x, module)
     if isinstance(module, te.TEABlock):
         return plain.tea_block(x, module)
-    return plain.full_temporal_conv(x, module.weight, module.n_segment)
+    return plain.full_temporal_conv(x, module.weight, module.n_segment, reference.first_tap(module))
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])

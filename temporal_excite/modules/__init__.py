@@ -1,7 +1,7 @@
 """The temporal modules, one file a paper. They need torch alone."""
 
 from .action import CE, ME, STE, ActionModule
-from .base import set_fast
+from .base import TemporalModule, set_fast
 from .registry import module_names, network_names, register_module, register_network
 from .tea import MTA, MotionExcitation, TEABlock
 from .tefe import FEModule, TEModule
@@ -18,6 +18,7 @@ __all__ = [
     "TEABlock",
     "TEModule",
     "TemporalConv",
+    "TemporalModule",
     "TemporalShift",
     "module_names",
     "network_names",

@@ -7,13 +7,23 @@ what the authors' released code computes; docs/fidelity.md lists where the text 
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import passes
-from ..ops import channel_mean, following, full_precision, positive_int, previous, spatial_mean, temporal_conv
+from ..ops import (
+    causal_conv,
+    channel_mean,
+    following,
+    full_precision,
+    positive_int,
+    previous,
+    spatial_mean,
+    temporal_conv,
+)
 from .base import TemporalModule
 from .registry import register_module
 from .tsm import TemporalConv
@@ -27,8 +37,10 @@ class Excitation(TemporalModule):
     excite and suppress, can be learnt.
     """
 
-    def __init__(self, channels: int, n_segment: int = 8, *, identity_start: bool = False) -> None:
-        super().__init__(channels, n_segment)
+    def __init__(
+        self, channels: int, n_segment: int = 8, *, identity_start: bool = False, causal: bool = False
+    ) -> None:
+        super().__init__(channels, n_segment, causal=causal)
         self.identity_start = identity_start
 
     def gate(self, x: Tensor) -> Tensor:
@@ -49,16 +61,20 @@ class STE(Excitation):
     """Spatio-temporal excitation (Eqs. 1-3): one 3x3x3 convolution on the mean over channels.
 
     ``M = sigmoid(K * mean_c(x))``, M of shape ``(N*T, 1, H, W)``. ``weight`` holds the kernel K as
-    ``(1, 3 taps of time, 3, 3)``, zero padding in time and space, no bias.
+    ``(1, 3 taps of time, 3, 3)``, zero padding in time and space, no bias. Causal: the taps of time are
+    frames t-2, t-1 and t instead of t-1, t and t+1.
 
     Args:
         channels: C.
         n_segment: T.
         identity_start: see :class:`Excitation`.
+        causal: the causal form.
     """
 
-    def __init__(self, channels: int, n_segment: int = 8, *, identity_start: bool = False) -> None:
-        super().__init__(channels, n_segment, identity_start=identity_start)
+    def __init__(
+        self, channels: int, n_segment: int = 8, *, identity_start: bool = False, causal: bool = False
+    ) -> None:
+        super().__init__(channels, n_segment, identity_start=identity_start, causal=causal)
         self.weight = nn.Parameter(torch.zeros(1, 3, 3, 3))
         if not identity_start:
             nn.init.kaiming_uniform_(self.weight, a=5**0.5)
@@ -66,7 +82,12 @@ class STE(Excitation):
     def gate(self, x: Tensor) -> Tensor:
         with full_precision(x) if self.fast else nullcontext():
             mean = channel_mean(x) if self.fast else x.mean(dim=1, keepdim=True)
-            taps = torch.cat([previous(mean, self.n_segment), mean, following(mean, self.n_segment)], dim=1)
+            if self.causal:
+                one, two = self.past(mean, 2, "mean")
+                frames = [two, one, mean]
+            else:
+                frames = [previous(mean, self.n_segment), mean, following(mean, self.n_segment)]
+            taps = torch.cat(frames, dim=1)
             return F.conv2d(taps, self.weight.to(taps.dtype), padding=1).sigmoid()
 
 
@@ -76,6 +97,7 @@ class CE(Excitation):
     ``M = sigmoid(K3 * relu(K2 * (K1 * mean_hw(x))))``, M of shape ``(N*T, C, 1, 1)``; K1 and K3 are 1x1
     (``squeeze``, ``expand``), K2 (``temporal``) is a full temporal convolution of kernel 3 on the
     ``max(1, C // reduction)`` squeezed channels. The ReLU is the released code's; the text has none.
+    Causal: K2's taps are frames t-2, t-1 and t instead of t-1, t and t+1.
 
     Args:
         channels: C.
@@ -83,6 +105,7 @@ class CE(Excitation):
         reduction: ratio of the squeeze.
         relu: ``False`` gives the text's form.
         identity_start: see :class:`Excitation`.
+        causal: the causal form.
     """
 
     def __init__(
@@ -93,8 +116,9 @@ class CE(Excitation):
         *,
         relu: bool = True,
         identity_start: bool = False,
+        causal: bool = False,
     ) -> None:
-        super().__init__(channels, n_segment, identity_start=identity_start)
+        super().__init__(channels, n_segment, identity_start=identity_start, causal=causal)
         squeezed = max(1, channels // positive_int("reduction", reduction))
         self.squeeze = nn.Conv2d(channels, squeezed, 1, bias=False)
         self.temporal = nn.Conv1d(squeezed, squeezed, 3, padding=1, bias=False)
@@ -110,8 +134,11 @@ class CE(Excitation):
         """The mask for frames whose spatial mean is ``mean``, ``(N*T, C, 1, 1)``."""
         with full_precision(mean):
             pooled = self.squeeze(mean.to(self.squeeze.weight.dtype))
-            mixed = self.act(temporal_conv(pooled, self.temporal.weight, self.n_segment))
-            return self.expand(mixed).sigmoid()
+            if self.causal:
+                mixed = causal_conv(pooled, self.past(pooled, 2, "squeezed"), self.temporal.weight)
+            else:
+                mixed = temporal_conv(pooled, self.temporal.weight, self.n_segment)
+            return self.expand(self.act(mixed)).sigmoid()
 
 
 class ME(Excitation):
@@ -119,7 +146,8 @@ class ME(Excitation):
 
     With ``f = norm(squeeze(x))``: ``F[t] = mean_hw(K * f[t+1] - f[t])``, zero at the last frame, and
     ``M = sigmoid(expand(F))`` of shape ``(N*T, C, 1, 1)``. K (``transform``) is a depthwise 3x3 convolution
-    with zero padding. The batch norm is the released code's; the text has none.
+    with zero padding. The batch norm is the released code's; the text has none. Causal:
+    ``F[t] = mean_hw(K * f[t] - f[t-1])``, zero at the first frame.
 
     Args:
         channels: C.
@@ -127,6 +155,7 @@ class ME(Excitation):
         reduction: ratio of the squeeze, to ``max(1, C // reduction)`` channels.
         norm: ``False`` gives the text's form.
         identity_start: see :class:`Excitation`.
+        causal: the causal form.
     """
 
     def __init__(
@@ -137,8 +166,9 @@ class ME(Excitation):
         *,
         norm: bool = True,
         identity_start: bool = False,
+        causal: bool = False,
     ) -> None:
-        super().__init__(channels, n_segment, identity_start=identity_start)
+        super().__init__(channels, n_segment, identity_start=identity_start, causal=causal)
         squeezed = max(1, channels // positive_int("reduction", reduction))
         self.squeeze = nn.Conv2d(channels, squeezed, 1, bias=False)
         self.norm = nn.BatchNorm2d(squeezed) if norm else nn.Identity()
@@ -160,6 +190,9 @@ class ME(Excitation):
         if self.fast and self.linear:
             return self.motion_of_windows(passes.window_means(x), *x.shape[2:])
         features = self.norm(self.squeeze(x))
+        if self.causal:
+            pooled = (F.adaptive_avg_pool2d(f, 1) for f in (self.transform(features), features))
+            return self._causal_motion(*pooled)
         arrived = self.transform(features) - previous(features, self.n_segment)  # F[t-1] at frame t
         return following(F.adaptive_avg_pool2d(arrived, 1), self.n_segment)
 
@@ -183,9 +216,15 @@ class ME(Excitation):
                 share = torch.outer(1 - edge / height, 1 - edge / width)
                 features = features * scale + offset * share
             kernel = self.transform.weight.to(windows.dtype)
-            ahead = F.conv2d(features, kernel, groups=len(kernel))
-            arrived = ahead - previous(features[:, :, 1:2, 1:2], self.n_segment)  # F[t-1] at frame t
+            ahead, mean = F.conv2d(features, kernel, groups=len(kernel)), features[:, :, 1:2, 1:2]
+            if self.causal:
+                return self._causal_motion(ahead, mean)
+            arrived = ahead - previous(mean, self.n_segment)  # F[t-1] at frame t
             return following(arrived, self.n_segment)
+
+    def _causal_motion(self, transformed: Tensor, mean: Tensor) -> Tensor:
+        """F from the means over the map of ``K * f`` and ``f``."""
+        return self.zero_at_first(transformed - self.past(mean, name="mean")[0])
 
 
 class ActionModule(TemporalModule):
@@ -199,6 +238,8 @@ class ActionModule(TemporalModule):
     instead: the shift as (0, 1, 0), each gate at exactly 1/2, and the sum averaged and centred,
     ``y * (1 + mean_p (2 * gate_p(y) - 1))``.
 
+    Causal, the shift and every path take their causal form; the weights keep names and shapes.
+
     Args:
         channels: C.
         n_segment: T.
@@ -209,6 +250,7 @@ class ActionModule(TemporalModule):
         relu: see :class:`CE`.
         norm: see :class:`ME`.
         identity_start: start as the identity.
+        causal: the causal form.
     """
 
     def __init__(
@@ -223,8 +265,9 @@ class ActionModule(TemporalModule):
         relu: bool = True,
         norm: bool = True,
         identity_start: bool = False,
+        causal: bool = False,
     ) -> None:
-        super().__init__(channels, n_segment)
+        super().__init__(channels, n_segment, causal=causal)
         if (
             isinstance(paths, str)
             or not paths
@@ -234,18 +277,18 @@ class ActionModule(TemporalModule):
             raise ValueError(f"paths must be distinct names out of ('ste', 'ce', 'me'), got {paths!r}")
         self.identity_start = identity_start
         self.relu = relu
+        init = "identity" if identity_start else "shift"
         self.shift = (
-            TemporalConv(channels, n_segment, shift_div, init="identity" if identity_start else "shift")
-            if shift
-            else nn.Identity()
+            TemporalConv(channels, n_segment, shift_div, init, causal=causal) if shift else nn.Identity()
         )
+        start: Any = {"identity_start": identity_start, "causal": causal}
         self.paths = tuple(path for path in ("ste", "ce", "me") if path in paths)
         if "ste" in paths:
-            self.ste = STE(channels, n_segment, identity_start=identity_start)
+            self.ste = STE(channels, n_segment, **start)
         if "ce" in paths:
-            self.ce = CE(channels, n_segment, reduction, relu=relu, identity_start=identity_start)
+            self.ce = CE(channels, n_segment, reduction, relu=relu, **start)
         if "me" in paths:
-            self.me = ME(channels, n_segment, reduction, norm=norm, identity_start=identity_start)
+            self.me = ME(channels, n_segment, reduction, norm=norm, **start)
 
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
@@ -271,7 +314,8 @@ class ActionModule(TemporalModule):
         A temporal convolution works on every position alike: pooled values of y are those of x, convolved.
         """
         if "me" in self.paths and self.me.fast and self.me.linear:
-            windows = self.shift(passes.window_means(x))
+            # a stream keeps the past of x for the shift alone
+            windows = passes.window_means(y) if self.causal else self.shift(passes.window_means(x))
             gates = [self.me.gate_of_motion(self.me.motion_of_windows(windows, *x.shape[2:]))]
             if "ce" in self.paths:
                 gates.append(self.ce.gate_of_mean(windows[:, :, 1:2, 1:2]))

@@ -1,10 +1,11 @@
-"""What every temporal module has in common: its shape contract."""
+"""What every temporal module has in common: its shape contract, and the past where it is causal."""
 
 from typing import TypeVar
 
 from torch import Tensor, nn
 
-from ..ops import check_frames, positive_int
+from .. import past
+from ..ops import check_frames, first_zeroed, positive_int, previous
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -17,26 +18,55 @@ class TemporalModule(nn.Module):
     Args:
         channels: C.
         n_segment: T, the number of frames of a clip.
+        causal: the output at frame t depends on frames up to t alone. The module then takes what it needs of
+            earlier frames from :meth:`past`, and works frame by frame too (:class:`~temporal_excite.Stream`).
     """
 
     fast: bool = True
     """Whether to compute by the rearrangements of docs/performance.md, equal up to rounding, or step by step
     as published (see :func:`~temporal_excite.set_fast`)."""
 
-    def __init__(self, channels: int, n_segment: int = 8) -> None:
+    causal: bool = False
+
+    def __init__(self, channels: int, n_segment: int = 8, *, causal: bool = False) -> None:
         super().__init__()
         self.channels = positive_int("channels", channels)
         self.n_segment = positive_int("n_segment", n_segment)
+        self.causal = causal
 
     def check(self, x: Tensor) -> None:
-        """Raise a ``ValueError`` unless ``x`` is ``(N*n_segment, channels, H, W)``."""
-        check_frames(x, self.n_segment, self.channels)
+        """Raise a ``ValueError`` unless ``x`` is ``(N*n_segment, channels, H, W)``; in a step of a stream
+        any number of frames, one a stream."""
+        check_frames(x, 1 if past.current() else self.n_segment, self.channels)
+
+    def past(self, x: Tensor, steps: int = 1, name: str = "x") -> list[Tensor]:
+        """``x`` of 1 .. ``steps`` frames ago, latest first; zeros before a clip's or a stream's first frame.
+
+        On whole clips ``x`` is ``(N*T, ...)`` and moves in time. In a step it is ``(B, ...)``, a frame of
+        each stream: the past comes from the state and ``x`` goes there, as ``<module>.<name>.<k>``.
+        """
+        if step := past.current():
+            return step.past(self, x, steps, name)
+        return [previous(x, self.n_segment, k) for k in range(1, steps + 1)]
+
+    def zero_at_first(self, x: Tensor) -> Tensor:
+        """``x``, ``(N*T, C, H, W)``, zero at the first frame of each clip or stream."""
+        if step := past.current():
+            return x.masked_fill(step.first, 0)
+        return first_zeroed(x, self.n_segment)
 
     def check_n_segment(self, n_segment: int) -> None:
         """Raise a ``ValueError`` if the module cannot work on clips of ``n_segment`` frames."""
 
     def extra_repr(self) -> str:
-        return f"channels={self.channels}, n_segment={self.n_segment}"
+        causal = ", causal=True" if self.causal else ""
+        return f"channels={self.channels}, n_segment={self.n_segment}{causal}"
+
+
+def is_causal(module: nn.Module) -> bool:
+    """Whether a module at a site, with all its parts that know clips, never looks ahead."""
+    parts = [m for m in module.modules() if hasattr(m, "causal") or hasattr(m, "n_segment")]
+    return bool(parts) and all(getattr(part, "causal", False) is True for part in parts)
 
 
 def set_fast(model: Model, fast: bool) -> Model:

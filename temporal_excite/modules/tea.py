@@ -25,12 +25,15 @@ class MotionExcitation(ME):
     - released: ``A = sigmoid(norm2(expand(F))) - 1/2``, within (-1/2, 1/2);
     - text (Eq. 4): ``A = 2 sigmoid(expand(F)) - 1``, within (-1, 1), and ``f = squeeze(x)``: no batch norms.
 
+    Causal: ``F[t] = mean_hw(transform * f[t] - f[t-1])``, zero at the first frame.
+
     Args:
         channels: C.
         n_segment: T.
         reduction: ratio of the squeeze, to ``max(1, C // reduction)`` channels.
         residual: ``False`` gives ``y = x * A``, the paper's "ME w/o Residual" (Fig. 4 f).
         form: ``"released"`` or ``"text"``.
+        causal: the causal form.
     """
 
     def __init__(
@@ -41,8 +44,9 @@ class MotionExcitation(ME):
         *,
         residual: bool = True,
         form: str = "released",
+        causal: bool = False,
     ) -> None:
-        super().__init__(channels, n_segment, reduction, norm=_check_form(form) == "released")
+        super().__init__(channels, n_segment, reduction, norm=_check_form(form) == "released", causal=causal)
         self.residual = residual
         self.form = form
         self.norm2 = nn.BatchNorm2d(channels) if form == "released" else nn.Identity()
@@ -78,6 +82,9 @@ class MTA(TemporalModule):
     In a ``stage`` block, the first of a stage, no part adds the one before it and the part without a 3x3
     convolution is average-pooled (3x3, the block's stride), after its temporal convolution.
 
+    Causal: every ``temp`` is a causal :class:`~temporal_excite.TemporalConv`; a shift one half each way
+    becomes one of half the channels from the previous frame.
+
     Args:
         channels: C, a multiple of ``scale``.
         n_segment: T.
@@ -87,6 +94,7 @@ class MTA(TemporalModule):
         dilation: of the 3x3 convolutions.
         groups: of the 3x3 convolutions.
         form: ``"released"`` or ``"text"``.
+        causal: the causal form.
     """
 
     def __init__(
@@ -100,8 +108,9 @@ class MTA(TemporalModule):
         dilation: int = 1,
         groups: int = 1,
         form: str = "released",
+        causal: bool = False,
     ) -> None:
-        super().__init__(channels, n_segment)
+        super().__init__(channels, n_segment, causal=causal)
         if positive_int("scale", scale) < 2 or channels % scale:
             raise ValueError(f"scale must be at least 2 and divide channels={channels}, got {scale}")
         self.width = channels // scale
@@ -117,11 +126,11 @@ class MTA(TemporalModule):
             raise ValueError(f"stride={stride} needs stage=True: parts of different size cannot be added")
         released = form == "released"
         self.shifts = nn.ModuleList(
-            TemporalConv(self.width, n_segment, init="identity" if released else "shift")
+            TemporalConv(self.width, n_segment, init="identity" if released else "shift", causal=causal)
             for _ in range(scale - 1)
         )
         if released:
-            self.shifts.append(TemporalConv(self.width, n_segment, shift_div=2))
+            self.shifts.append(TemporalConv(self.width, n_segment, shift_div=2, causal=causal))
         self.convs = nn.ModuleList(
             nn.Conv2d(
                 self.width,
@@ -181,6 +190,7 @@ class TEABlock(TemporalModule):
         scale: number of parts.
         reduction: of :class:`MotionExcitation`.
         form: ``"released"`` or ``"text"``, for both modules.
+        causal: the causal form of both modules.
     """
 
     def __init__(
@@ -195,8 +205,9 @@ class TEABlock(TemporalModule):
         scale: int = 4,
         reduction: int = 16,
         form: str = "released",
+        causal: bool = False,
     ) -> None:
-        super().__init__(in_channels, n_segment)
+        super().__init__(in_channels, n_segment, causal=causal)
         self.out_channels = positive_int("out_channels", out_channels)
         width = out_channels // 4 * positive_int("base_width", base_width) // 64
         if width < 1:
@@ -208,10 +219,9 @@ class TEABlock(TemporalModule):
         reshapes = positive_int("stride", stride) > 1 or in_channels != out_channels
         self.conv1 = nn.Conv2d(in_channels, inner, 1, bias=False)
         self.norm1 = nn.BatchNorm2d(inner)
-        self.me = MotionExcitation(inner, n_segment, reduction, form=form)
-        self.mta = MTA(
-            inner, n_segment, scale, stride=stride, stage=reshapes if stage is None else stage, form=form
-        )
+        self.me = MotionExcitation(inner, n_segment, reduction, form=form, causal=causal)
+        stage = reshapes if stage is None else stage
+        self.mta = MTA(inner, n_segment, scale, stride=stride, stage=stage, form=form, causal=causal)
         self.conv3 = nn.Conv2d(inner, out_channels, 1, bias=False)
         self.norm3 = nn.BatchNorm2d(out_channels)
         self.downsample: nn.Module = nn.Identity()
@@ -235,13 +245,14 @@ class PartConv(TemporalModule):
         channels: C.
         n_segment: T.
         width: channels of the part; its convolution starts as a shift, one half each way.
+        causal: the causal form of the convolution, which starts as a shift of one half.
     """
 
-    def __init__(self, channels: int, n_segment: int = 8, *, width: int) -> None:
-        super().__init__(channels, n_segment)
+    def __init__(self, channels: int, n_segment: int = 8, *, width: int, causal: bool = False) -> None:
+        super().__init__(channels, n_segment, causal=causal)
         if positive_int("width", width) > channels:
             raise ValueError(f"width={width} is more than the {channels} channels")
-        self.conv = TemporalConv(width, n_segment, shift_div=2)
+        self.conv = TemporalConv(width, n_segment, shift_div=2, causal=causal)
 
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)

@@ -4,10 +4,11 @@ Jiang, Zhang: An Improved Action Recognition Network With Temporal Extraction an
 Access 10, 2022. No code was released; what the text leaves open is said at each class.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import clipwise_temporal_conv, positive_int, sum_taps, to_clips
+from ..ops import causal_conv, clipwise_temporal_conv, positive_int, sum_taps, to_clips
 from .base import TemporalModule
 from .registry import register_module
 
@@ -27,15 +28,29 @@ class TEModule(TemporalModule):
     et al., ICCV 2021) nor any activation or bias; there is none here. ``relu=True`` puts a ReLU between the
     linear layers, as TANet has, without which the two are one linear map of rank 3.
 
+    Causal: the taps of the temporal convolutions are frames t-2, t-1 and t, and each frame has a kernel of
+    its own, from the last T spatial means: ``q[t] = softmax(fc2(fc1((s[t-T+1], .., s[t]))))``, with zeros
+    before the first frame, and ``y[t] = q0[t] x0[t-2] + q1[t] x0[t-1] + q2[t] x0[t]``.
+
     Args:
         channels: C.
-        n_segment: T. The linear layers have this size: it cannot change later.
+        n_segment: T. The linear layers have this size: it cannot change later, unless causal, where T stays
+            the length of the past that a kernel comes from and clips may have any length.
         reduction: r of the short-term branch, to ``max(1, C // reduction)`` channels.
         relu: a ReLU between the two linear layers.
+        causal: the causal form.
     """
 
-    def __init__(self, channels: int, n_segment: int = 8, reduction: int = 4, *, relu: bool = False) -> None:
-        super().__init__(channels, n_segment)
+    def __init__(
+        self,
+        channels: int,
+        n_segment: int = 8,
+        reduction: int = 4,
+        *,
+        relu: bool = False,
+        causal: bool = False,
+    ) -> None:
+        super().__init__(channels, n_segment, causal=causal)
         squeezed = max(1, channels // positive_int("reduction", reduction))
         self.reduce = nn.Conv1d(channels, squeezed, 3, padding=1, bias=False)
         self.expand = nn.Conv1d(squeezed, channels, 3, padding=1, bias=False)
@@ -46,14 +61,34 @@ class TEModule(TemporalModule):
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
         self.check_n_segment(self.n_segment)
+        if self.causal:
+            return self._causal(x)
         pooled = self._pooled(x)
         kernel = self.fc2(self.act(self.fc1(pooled))).softmax(dim=-1)  # (N, C, 3)
         excited = x * self._gate(pooled).to(x.dtype)
         return clipwise_temporal_conv(excited, kernel, self.n_segment)
 
+    def _causal(self, x: Tensor) -> Tensor:
+        pooled, past = self._pooled_and_past(x)
+        window = torch.cat([*reversed(past[: self.fc1.in_features - 1]), pooled], dim=2).squeeze(3)
+        kernel = self.fc2(self.act(self.fc1(window))).softmax(dim=-1)  # (N*T, C, 3)
+        excited = x * self._causal_gate(pooled, past).to(x.dtype)
+        return causal_conv(excited, self.past(excited, 2, "excited"), kernel.unsqueeze(2))
+
     def gate(self, x: Tensor) -> Tensor:
         """The short-term branch's mask M, ``(N*T, C, 1, 1)``."""
+        if self.causal:
+            return self._causal_gate(*self._pooled_and_past(x))
         return self._gate(self._pooled(x))
+
+    def _pooled_and_past(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The spatial mean s, ``(N*T, C, 1, 1)``, and those before: as many as the two branches need."""
+        pooled = F.adaptive_avg_pool2d(x, 1)
+        return pooled, self.past(pooled, max(2, self.fc1.in_features - 1), "pooled")
+
+    def _causal_gate(self, pooled: Tensor, past: list[Tensor]) -> Tensor:
+        squeezed = causal_conv(pooled, past[:2], self.reduce.weight)
+        return causal_conv(squeezed, self.past(squeezed, 2, "squeezed"), self.expand.weight).sigmoid()
 
     def _gate(self, pooled: Tensor) -> Tensor:
         gate = self.expand(self.reduce(pooled)).sigmoid()
@@ -64,7 +99,7 @@ class TEModule(TemporalModule):
         return to_clips(F.adaptive_avg_pool2d(x, 1).flatten(1), self.n_segment).transpose(1, 2)
 
     def check_n_segment(self, n_segment: int) -> None:
-        if n_segment != self.fc1.in_features:
+        if n_segment != self.fc1.in_features and not self.causal:
             raise ValueError(
                 f"TEModule cannot work on clips of {n_segment} frames: its linear layers take the "
                 f"{self.fc1.in_features}-vector of frames they were built for. Build it anew: eject(model), "
@@ -73,11 +108,11 @@ class TEModule(TemporalModule):
 
 
 class _Conv3x3x3(nn.Module):
-    """A convolution with three taps in time, ``sum_taps(W0 * x, W1 * x, W2 * x)``, from 2D convolutions.
+    """The three 2D convolutions of one with three taps in time.
 
-    Its 2D weights are 4-D parameters, so that ``channels_last`` models stay possible. ``center`` is W1 (and
-    the bias), or None where the caller computes ``W1 * x``; ``sides`` holds W0 and W2, starting at zero, as
-    the output channels ``(group, tap, channel)``.
+    Its 2D weights are 4-D parameters, so that ``channels_last`` models stay possible. ``center`` is the
+    present frame's (and the bias), or None where the caller computes it; ``sides`` holds the other two,
+    starting at zero, as the output channels ``(group, tap, channel)``.
     """
 
     def __init__(self, like: nn.Conv2d, *, center: bool, bias: bool) -> None:
@@ -87,12 +122,13 @@ class _Conv3x3x3(nn.Module):
         self.sides = _conv_like(like, 2 * like.out_channels, bias=False)
         nn.init.zeros_(self.sides.weight)
 
-    def forward(self, x: Tensor, n_segment: int, now: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, now: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """What the taps give of each frame: the first, the last, the present frame's."""
         if self.center is not None:
             now = self.center(x)
         assert now is not None
-        before, after = self.sides(x).unflatten(1, (self.groups, 2, -1)).unbind(2)
-        return sum_taps(before.flatten(1, 2), now, after.flatten(1, 2), n_segment)
+        first, last = self.sides(x).unflatten(1, (self.groups, 2, -1)).unbind(2)
+        return first.flatten(1, 2), last.flatten(1, 2), now
 
 
 def _conv_like(conv: nn.Conv2d, out_channels: int, bias: bool) -> nn.Conv2d:
@@ -117,6 +153,9 @@ class FEModule(TemporalModule):
     convolution in its centre tap and zeros elsewhere, ``conv2`` with zero weights and bias 1: at the start
     the module computes that 2D convolution.
 
+    Causal: the kernels' taps are frames t-2, t-1 and t instead of t-1, t and t+1. The 2D convolution at the
+    start is that of the present frame all the same: ``center`` is always the tap of frame t.
+
     :meth:`around` makes the module for a convolution that a network has already: that one stays where it is
     as Conv1's centre tap, and the module takes its output as second argument.
 
@@ -129,6 +168,7 @@ class FEModule(TemporalModule):
         dilation: in space; the padding keeps the size where ``stride`` is 1.
         groups: of the convolutions.
         bias: whether ``conv1`` has one.
+        causal: the causal form.
     """
 
     def __init__(
@@ -142,8 +182,9 @@ class FEModule(TemporalModule):
         dilation: int = 1,
         groups: int = 1,
         bias: bool = False,
+        causal: bool = False,
     ) -> None:
-        super().__init__(channels, n_segment)
+        super().__init__(channels, n_segment, causal=causal)
         sizes = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation, "groups": groups}
         for name, value in sizes.items():
             positive_int(name, value)
@@ -156,13 +197,13 @@ class FEModule(TemporalModule):
         )
 
     @classmethod
-    def around(cls, conv: nn.Conv2d, n_segment: int = 8) -> "FEModule":
+    def around(cls, conv: nn.Conv2d, n_segment: int = 8, *, causal: bool = False) -> "FEModule":
         """The module that makes an FE module of ``conv``: call it as ``module(x, conv(x))``.
 
         Stride, padding, dilation and groups are those of ``conv``.
         """
         module = cls.__new__(cls)
-        TemporalModule.__init__(module, conv.in_channels, n_segment)
+        TemporalModule.__init__(module, conv.in_channels, n_segment, causal=causal)
         module._build(conv, own=False)
         return module
 
@@ -187,7 +228,16 @@ class FEModule(TemporalModule):
                 if now is None
                 else "FEModule has a centre tap of its own: call module(x)"
             )
-        return self.conv1(x, self.n_segment, now) * self.conv2(x, self.n_segment)
+        return self._sum(self.conv1(x, now), "conv1") * self._sum(self.conv2(x), "conv2")
+
+    def _sum(self, taps: tuple[Tensor, Tensor, Tensor], name: str) -> Tensor:
+        first, last, now = taps
+        if not self.causal:
+            return sum_taps(first, now, last, self.n_segment)
+        # a frame's taps are computed once, and wait for the frames they are for
+        (before,) = self.past(first, name=f"{name}.0")
+        (waiting,) = self.past(last + before, name=f"{name}.1")
+        return now + waiting
 
 
 register_module("te", TEModule)

@@ -7,8 +7,8 @@ is TEA (Li et al., CVPR 2020), appendix A, Eq. 10, and the first step of the rel
 import torch
 from torch import Tensor, nn
 
-from .. import passes
-from ..ops import following, positive_int, previous, temporal_conv
+from .. import passes, past
+from ..ops import causal_conv, following, positive_int, previous, temporal_conv
 from .base import TemporalModule
 from .registry import register_module
 
@@ -17,20 +17,33 @@ class TemporalShift(TemporalModule):
     """TSM's part shift: with ``fold = C // shift_div``, channels ``[0, fold)`` show the next frame,
     ``[fold, 2*fold)`` the previous one, the rest the present; zeros at the clip's ends (TEA, Eq. 9).
 
+    Causal, the paper's uni-directional TSM (section 4.3): channels ``[0, fold)`` show the previous frame, the
+    rest the present.
+
     Args:
         channels: C.
         n_segment: T.
         shift_div: share of the channels that moves in each direction is ``1 / shift_div``, at least 2.
+        causal: the causal form.
     """
 
-    def __init__(self, channels: int, n_segment: int = 8, shift_div: int = 8) -> None:
-        super().__init__(channels, n_segment)
+    def __init__(
+        self, channels: int, n_segment: int = 8, shift_div: int = 8, *, causal: bool = False
+    ) -> None:
+        super().__init__(channels, n_segment, causal=causal)
         self.fold = shift_fold(channels, shift_div)
 
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
+        if self.causal:
+            if not self.fold:
+                return x
+            if self.fast and not past.current():
+                return passes.part_shift(x, 0, self.fold, self.n_segment)
+            moving, rest = x.tensor_split((self.fold,), dim=1)
+            return torch.cat([*self.past(moving), rest], dim=1)
         if self.fast:
-            return passes.part_shift(x, self.fold, self.n_segment)
+            return passes.part_shift(x, self.fold, self.fold, self.n_segment)
         to_past, to_future, rest = x.tensor_split((self.fold, 2 * self.fold), dim=1)
         moved = following(to_past, self.n_segment), previous(to_future, self.n_segment)
         return torch.cat([*moved, rest], dim=1)
@@ -43,6 +56,9 @@ class TemporalConv(TemporalModule):
     all channels with ``weight`` of shape ``(C, C, 3)``. TEA's Table 5 compares ``init="shift"`` (its
     "Shift"), ``init="random"`` ("CW") and ``init="random", depthwise=False`` ("Conv").
 
+    Causal: ``y[t] = w0 x[t-2] + w1 x[t-1] + w2 x[t]``, and the starts are those of a causal
+    :class:`TemporalShift` and the identity.
+
     Args:
         channels: C.
         n_segment: T.
@@ -50,6 +66,7 @@ class TemporalConv(TemporalModule):
         init: ``"shift"`` starts as :class:`TemporalShift`, ``"identity"`` as the identity,
             ``"random"`` as PyTorch's Conv1d.
         depthwise: ``False`` lets every output channel see all input channels.
+        causal: the causal form.
     """
 
     def __init__(
@@ -60,8 +77,9 @@ class TemporalConv(TemporalModule):
         init: str = "shift",
         *,
         depthwise: bool = True,
+        causal: bool = False,
     ) -> None:
-        super().__init__(channels, n_segment)
+        super().__init__(channels, n_segment, causal=causal)
         if init not in ("shift", "identity", "random"):
             raise ValueError(f"init must be 'shift', 'identity' or 'random', got {init!r}")
         self.init = init
@@ -80,14 +98,20 @@ class TemporalConv(TemporalModule):
             self.weight.zero_()
             # (C, 3): the taps that join a channel with itself
             own = self.weight[:, 0] if self.depthwise else self.weight.diagonal().T
-            own[:fold, 2] = 1
-            own[fold : 2 * fold, 0] = 1
-            own[2 * fold :, 1] = 1
+            if self.causal:
+                own[:fold, 1] = 1
+                own[fold:, 2] = 1
+            else:
+                own[:fold, 2] = 1
+                own[fold : 2 * fold, 0] = 1
+                own[2 * fold :, 1] = 1
 
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
-        if self.depthwise and self.fast:
-            return passes.temporal_conv(x, self.weight, self.n_segment)
+        if self.depthwise and self.fast and not past.current():
+            return passes.temporal_conv(x, self.weight, self.n_segment, self.causal)
+        if self.causal:
+            return causal_conv(x, self.past(x, 2), self.weight)
         return temporal_conv(x, self.weight, self.n_segment)
 
     def extra_repr(self) -> str:
@@ -102,9 +126,14 @@ def shift_fold(channels: int, shift_div: int) -> int:
 
 
 def _learnable_shift(
-    channels: int, n_segment: int = 8, shift_div: int = 8, identity_start: bool = False
+    channels: int,
+    n_segment: int = 8,
+    shift_div: int = 8,
+    identity_start: bool = False,
+    causal: bool = False,
 ) -> TemporalConv:
-    return TemporalConv(channels, n_segment, shift_div, init="identity" if identity_start else "shift")
+    init = "identity" if identity_start else "shift"
+    return TemporalConv(channels, n_segment, shift_div, init=init, causal=causal)
 
 
 register_module("tsm", TemporalShift)
