@@ -17,7 +17,7 @@ class TemporalShift(TemporalModule):
     """TSM's part shift: with ``fold = C // shift_div``, channels ``[0, fold)`` show the next frame,
     ``[fold, 2*fold)`` the previous one, the rest the present; zeros at the clip's ends (TEA, Eq. 9).
 
-    Causal, the paper's uni-directional TSM (section 4.3): channels ``[0, fold)`` show the previous frame, the
+    Causal, the paper's uni-directional TSM (section 4.2): channels ``[0, fold)`` show the previous frame, the
     rest the present.
 
     Args:
