@@ -22,6 +22,7 @@ from .modules import (
     register_network,
     set_fast,
 )
+from .stream import Stream, StreamOutput
 
 try:
     from . import models as models  # registers them with timm
@@ -38,6 +39,8 @@ __all__ = [
     "ActionModule",
     "Complexity",
     "FEModule",
+    "Stream",
+    "StreamOutput",
     "TEABlock",
     "TEModule",
     "TemporalConv",

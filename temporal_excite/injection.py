@@ -4,13 +4,14 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from . import past
 from ._text import columns
 from .hosts import PLACEMENTS, Block, find_blocks
 from .modules.base import TemporalModule, is_causal
@@ -138,6 +139,8 @@ class Site:
     module: nn.Module
     note: str = ""
     """What a reader must know of this site: weights that start anew."""
+    state_bytes: int | None = None
+    """Bytes that a stream keeps here between frames, where ``sites`` was told their size."""
 
     @property
     def channels(self) -> int | None:
@@ -160,9 +163,10 @@ class SiteList(list[Site]):
     """A list of sites that prints as a table."""
 
     def __str__(self) -> str:
-        header = ("block", "placement", "layer", "stage", "module", "channels", "parameters")
+        header = ["block", "placement", "layer", "stage", "module", "channels", "parameters"]
+        streams = any(s.state_bytes is not None for s in self)
         lines = columns(
-            header,
+            [*header, "state bytes"] if streams else header,
             [
                 (
                     s.block,
@@ -172,6 +176,7 @@ class SiteList(list[Site]):
                     s.kind,
                     s.channels,
                     f"{s.parameters:,}",
+                    *([f"{s.state_bytes:,}"] if streams else []),
                 )
                 for s in self
             ],
@@ -181,7 +186,10 @@ class SiteList(list[Site]):
             f"{', '.join(s.layer for s in self if s.note == note)}: {note}"
             for note in dict.fromkeys(s.note for s in self if s.note)
         ]
-        return "\n".join([*lines, *notes, f"{len(self)} sites, {total:,} added parameters"])
+        summary = f"{len(self)} sites, {total:,} added parameters"
+        if streams:
+            summary += f", {sum(s.state_bytes or 0 for s in self):,} bytes of state a stream"
+        return "\n".join([*lines, *notes, summary])
 
 
 @dataclass(frozen=True)
@@ -321,15 +329,21 @@ def eject(model: Model) -> Model:
 
 
 @overload
-def sites(model: nn.Module, skipped: Literal[False] = False) -> SiteList: ...
+def sites(
+    model: nn.Module, skipped: Literal[False] = False, *, frame_shape: Sequence[int] | None = None
+) -> SiteList: ...
 @overload
 def sites(model: nn.Module, skipped: Literal[True]) -> SkippedList: ...
-def sites(model: nn.Module, skipped: bool = False) -> SiteList | SkippedList:
+def sites(
+    model: nn.Module, skipped: bool = False, *, frame_shape: Sequence[int] | None = None
+) -> SiteList | SkippedList:
     """Where a model's temporal modules are: a list that prints as a table.
 
     Args:
         model: the model.
         skipped: list the blocks without a module instead, each with the reason.
+        frame_shape: ``(3, H, W)`` of the frames a :class:`~temporal_excite.Stream` would take: with the bytes
+            of state it keeps of each stream, of a causal model in eval mode. Runs the model on one frame.
     """
     if skipped:
         return _skipped(model)
@@ -349,7 +363,20 @@ def sites(model: nn.Module, skipped: bool = False) -> SiteList | SkippedList:
                 note=note,
             )
         )
-    return found
+    return found if frame_shape is None else _with_state_bytes(model, found, frame_shape)
+
+
+def _with_state_bytes(model: nn.Module, found: SiteList, frame_shape: Sequence[int]) -> SiteList:
+    for site in found:
+        if not is_causal(site.module):
+            raise ValueError(f"{site.kind} at {site.layer} is two-sided: it keeps no state between frames")
+    step, _ = past.rehearse(model, past.blank_frame(model, frame_shape))
+    kept: dict[nn.Module, int] = {}
+    for key, module in step.owners.items():
+        kept[module] = kept.get(module, 0) + step.left[key].nbytes
+    return SiteList(
+        replace(site, state_bytes=sum(kept.get(m, 0) for m in site.module.modules())) for site in found
+    )
 
 
 def set_n_segment(model: Model, n_segment: int) -> Model:

@@ -6,13 +6,14 @@ present goes there. So both are the same lines of code.
 """
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .ops import in_graph
+from .ops import in_graph, positive_int
 
 
 class Step:
@@ -20,9 +21,9 @@ class Step:
 
     Args:
         names: of each module that may ask for a past.
-        state: what the step before left; a key that it lacks starts at zero where ``blank``.
-        copied: keys of tensors that the network changes in place later in the step.
-        blank: whether ``state`` may lack keys.
+        state: what the step before left.
+        copied: keys of tensors to keep as copies (see :meth:`changed`).
+        blank: ``state`` holds no past, which is zero: to learn what modules keep.
     """
 
     def __init__(
@@ -40,6 +41,9 @@ class Step:
         """What this step leaves to the next."""
         self.first = state["frames"].view(-1, 1, 1, 1) == 0
         """Which streams are at their first frame, ``(B, 1, 1, 1)``."""
+        self.owners: dict[str, nn.Module] = {}
+        """Where ``blank``, the module that each key is of."""
+        self._versions: dict[str, tuple[Tensor, int | None]] = {}
         self._before: Step | None = None
 
     def past(self, module: nn.Module, x: Tensor, steps: int, name: str) -> list[Tensor]:
@@ -53,14 +57,27 @@ class Step:
         for k in range(1, steps + 1):
             key = f"{prefix}{k}"
             self.left[key] = past[-1] if past else self._kept(key, x)
-            past.append(self._state(key, x))
+            if self.blank:
+                self.owners[key] = module
+                past.append(torch.zeros_like(x))
+            else:
+                past.append(self.state[key])
         return past
 
-    def _state(self, key: str, like: Tensor) -> Tensor:
-        return torch.zeros_like(like) if self.blank and key not in self.state else self.state[key]
+    def changed(self, frames: Tensor) -> frozenset[str]:
+        """Of a ``blank`` step that is over, the keys of tensors that are not the state's own: the network has
+        changed them since, or they are the caller's ``frames``."""
+        own = frames.untyped_storage().data_ptr()
+        return frozenset(
+            key
+            for key, (x, version) in self._versions.items()
+            if version is None or x._version != version or x.untyped_storage().data_ptr() == own
+        )
 
     def _kept(self, key: str, x: Tensor) -> Tensor:
         """``x``, without the memory around it where it is a part of a larger tensor."""
+        if self.blank:
+            self._versions[key] = x, None if x.is_inference() else x._version
         if key in self.copied:
             return x.clone()
         if not in_graph() and x.untyped_storage().nbytes() > x.numel() * x.element_size():
@@ -75,6 +92,43 @@ class Step:
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         _local.step = self._before
+
+
+def rehearse(model: nn.Module, frame: Tensor) -> tuple[Step, Any]:
+    """Run a model on one frame ``(1, C, H, W)`` to learn what its modules keep: the step, and the output.
+
+    Raises:
+        RuntimeError: the model is in training mode, where running it would change it.
+    """
+    check_evaluating(model)
+    names = {module: name for name, module in model.named_modules()}
+    state = {"frames": torch.zeros(1, dtype=torch.int64, device=frame.device)}
+    # inference tensors have no versions to tell that they were changed
+    with torch.inference_mode(False), torch.no_grad(), Step(names, state, blank=True) as step:
+        output = model(frame)
+    return step, output
+
+
+def check_evaluating(model: nn.Module) -> None:
+    """Raise a ``RuntimeError`` that names the first module in training mode, if any."""
+    for name, module in model.named_modules():
+        if module.training:
+            raise RuntimeError(f"{type(module).__name__} {name!r} is in training mode: call model.eval()")
+
+
+def blank_frame(model: nn.Module, frame_shape: Sequence[int]) -> Tensor:
+    """A black frame ``(1, C, H, W)`` on the model's device and in its dtype."""
+    if len(frame_shape) != 3:
+        raise ValueError(f"frame_shape must be (3, H, W), got {tuple(frame_shape)}")
+    shape = [positive_int("frame_shape", n) for n in frame_shape]
+    device, dtype = kind_of(model)
+    return torch.zeros(1, *shape, device=device, dtype=dtype)
+
+
+def kind_of(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of the model's first parameter."""
+    like = next(model.parameters(), None)
+    return (torch.device("cpu"), torch.get_default_dtype()) if like is None else (like.device, like.dtype)
 
 
 class _Local(threading.local):

@@ -119,13 +119,16 @@ def meta(family: str, **kwargs: Any) -> nn.Module:
     return meta_model(member.name, **member.smaller, **kwargs)
 
 
-def build(family: str, module: str | None = "shift", **kwargs: Any) -> tuple[nn.Module, Tensor]:
+def build(
+    family: str, module: str | None = "shift", causal: bool = False, double: bool = False, **kwargs: Any
+) -> tuple[nn.Module, Tensor]:
     """The family's member in eval mode with a temporal module in each block, and two clips of T frames.
 
     Nothing is at an initial value that would hide a module: norms and layer scales, the modules' own weights,
     the batch norms' statistics.
     """
     name, size, smaller, dtype = FAMILIES[family]
+    dtype = torch.float64 if double else dtype
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=4, **smaller, **kwargs).eval().to(dtype)
     for key, p in model.named_parameters():
@@ -133,7 +136,7 @@ def build(family: str, module: str | None = "shift", **kwargs: Any) -> tuple[nn.
             p.data.uniform_(0.5, 1)
     x = torch.randn(2 * T, 3, size, size, dtype=dtype)
     if module:
-        te.inject(model, module, T)
+        te.inject(model, module, T, causal=causal)
         randomise(model)
     settle(model, x)
     return model, x
