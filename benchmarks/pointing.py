@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from small_net import SmallNet
 from timm.models.resnet import BasicBlock, downsample_conv
-from torch import Tensor, nn
+from torch import Tensor
 
 import temporal_excite as te
 from temporal_excite.visual import animation, cam, figure, overlay, unnormalise
@@ -69,37 +70,19 @@ def clips(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tenso
     return (frames + noise).clamp(0, 1), labels, discs
 
 
-class Net(nn.Module):
-    """3x3 convolution of stride 2, residual blocks to 24, 48 and 64 channels at 8x8, pool, linear."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
-        blocks, channels = [], 16
-        for width, stride in ((24, 2), (48, 1), (64, 1)):
-            down = downsample_conv(channels, width, kernel_size=1, stride=stride)
-            blocks.append(BasicBlock(channels, width, stride=stride, downsample=down))
-            channels = width
-        self.blocks = nn.Sequential(*blocks)
-        self.fc = nn.Linear(channels, len(CLASSES))
-
-    def get_classifier(self) -> nn.Module:
-        return self.fc
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        return self.blocks(self.stem(x))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = x.mean(dim=(2, 3))
-        return x if pre_logits else self.fc(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
+def small_net() -> SmallNet:
+    """Residual blocks to 24, 48 and 64 channels, at 8x8."""
+    blocks, channels = [], 16
+    for width, stride in ((24, 2), (48, 1), (64, 1)):
+        down = downsample_conv(channels, width, kernel_size=1, stride=stride)
+        blocks.append(BasicBlock(channels, width, stride=stride, downsample=down))
+        channels = width
+    return SmallNet(blocks, channels, len(CLASSES))
 
 
 def build(module: str | None) -> te.VideoClassifier:
     """The network with a temporal module, in eval mode."""
-    net = Net()
+    net = small_net()
     if module:
         te.inject(net, module, T)
     return te.VideoClassifier(net, n_segment=T, dropout=0.0).eval()

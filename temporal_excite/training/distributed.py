@@ -80,10 +80,13 @@ class TrainBatches(Sampler[list[int]]):
     The order is a function of (seed, epoch) alone. Optimiser step k of the epoch takes the items
     ``order[k*B : (k+1)*B]``, cut into ``accumulate`` equal passes, and each pass into equal shares for the
     processes: what is averaged in a step does not depend on their number. Items left over at the end of an
-    epoch are left out; they change with every epoch.
+    epoch are left out; they change with every epoch. ``group`` consecutive items (0 .. group - 1, and so on)
+    always come together, in one pass of one process.
     """
 
-    def __init__(self, length: int, batch_size: int, accumulate: int, seed: int, world: World) -> None:
+    def __init__(
+        self, length: int, batch_size: int, accumulate: int, seed: int, world: World, group: int = 1
+    ) -> None:
         parts = accumulate * world.size
         if batch_size < 1 or batch_size % parts:
             raise ValueError(
@@ -94,8 +97,13 @@ class TrainBatches(Sampler[list[int]]):
             raise ValueError(
                 f"{length} training clips do not fill one batch of {batch_size}: use a smaller --batch-size"
             )
+        share = batch_size // parts
+        if share % group or length % group:
+            raise ValueError(
+                f"{length} training clips, {share} of them in a pass, do not divide into groups of {group}"
+            )
         self.length, self.batch_size, self.accumulate = length, batch_size, accumulate
-        self.seed, self.world = seed, world
+        self.seed, self.world, self.group = seed, world, group
         self.epoch = 0
         self.start = 0
         """Optimiser steps of the epoch to leave out, when a run goes on in the middle of it."""
@@ -110,7 +118,9 @@ class TrainBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(mix(self.seed, self.epoch))
-        order = torch.randperm(self.length, generator=generator)[: self.steps * self.batch_size]
+        groups = torch.randperm(self.length // self.group, generator=generator)
+        order = (groups[:, None] * self.group + torch.arange(self.group)).flatten()
+        order = order[: self.steps * self.batch_size]
         shares = order.view(self.steps, self.accumulate, self.world.size, -1)
         for step in range(self.start, self.steps):
             for part in range(self.accumulate):

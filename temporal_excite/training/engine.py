@@ -38,6 +38,8 @@ class RunOptions:
     """Clips in one optimiser step, over all processes and accumulated passes; None: the recipe's."""
     accumulate: int = 1
     """Passes a step's clips are cut into."""
+    group: int = 1
+    """Consecutive items of the training set that always come in one pass, such as a clip and its reverse."""
     lr: float | None = None
     """Learning rate at this batch size; None: the recipe's, scaled by ``batch_size / recipe's batch
     size``."""
@@ -145,7 +147,9 @@ class _Run:
         base = recipe.batch(config.n_segment)
         batch = options.batch_size or base
         self.lr = options.lr if options.lr is not None else recipe.lr * batch / base
-        self.batches = TrainBatches(len(train_set), batch, options.accumulate, options.seed, world)
+        self.batches = TrainBatches(
+            len(train_set), batch, options.accumulate, options.seed, world, options.group
+        )
         resume = _prepare(output, resume, world)
 
         self.model = model.to(world.device)
@@ -390,7 +394,7 @@ def _check(options: RunOptions, recipe: Recipe, world: World) -> None:
         raise ValueError(f"amp must be one of {', '.join(AMP)}, got {options.amp!r}")
     if not 0 <= options.ema < 1:
         raise ValueError(f"ema is a decay in [0, 1), got {options.ema}")
-    for name in ("accumulate", "log_every", "evaluate_every"):
+    for name in ("accumulate", "group", "log_every", "evaluate_every"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(options, name)}")
     if recipe.epochs < 1:
