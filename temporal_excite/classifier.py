@@ -70,28 +70,16 @@ class VideoClassifier(nn.Module):
         return segments
 
     def forward(self, x: Tensor) -> Tensor:
-        logits = self._frame_logits(self.frames(x))
-        return reduce(logits, "(n t) classes -> n classes", "mean", t=self.n_segment)
+        segments = self.n_segment  # asks every module: once a call
+        logits = self._frame_logits(_as_frames(x, segments))
+        return reduce(logits, "(n t) classes -> n classes", "mean", t=segments)
 
     def frames(self, x: Tensor) -> Tensor:
         """Clips as the frames ``(N*T, 3, H, W)`` the model takes.
 
         Raises ``ValueError`` for another shape, and for clips not of ``n_segment`` frames.
         """
-        segments = self.n_segment
-        if x.ndim == 5:
-            if x.shape[1] != segments:
-                raise ValueError(
-                    f"clips {tuple(x.shape)} have {x.shape[1]} frames, the model n_segment={segments}: "
-                    f"feed clips of {segments} frames, or set_n_segment(model, {x.shape[1]})"
-                )
-            x = rearrange(x, "n t c h w -> (n t) c h w")
-        elif x.ndim != 4:
-            raise ValueError(
-                f"expected clips (N, T, 3, H, W) or frames (N*T, 3, H, W), got {x.ndim}-D {tuple(x.shape)}"
-            )
-        check_whole_clips(x, segments)
-        return x
+        return _as_frames(x, self.n_segment)
 
     def _frame_logits(self, x: Tensor) -> Tensor:
         if not (self.training and self.dropout.p):
@@ -120,6 +108,22 @@ class VideoClassifier(nn.Module):
                 nn.init.normal_(layer.weight, std=std)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
+
+
+def _as_frames(x: Tensor, segments: int) -> Tensor:
+    if x.ndim == 5:
+        if x.shape[1] != segments:
+            raise ValueError(
+                f"clips {tuple(x.shape)} have {x.shape[1]} frames, the model n_segment={segments}: "
+                f"feed clips of {segments} frames, or set_n_segment(model, {x.shape[1]})"
+            )
+        x = rearrange(x, "n t c h w -> (n t) c h w")
+    elif x.ndim != 4:
+        raise ValueError(
+            f"expected clips (N, T, 3, H, W) or frames (N*T, 3, H, W), got {x.ndim}-D {tuple(x.shape)}"
+        )
+    check_whole_clips(x, segments)
+    return x
 
 
 def _held_n_segment(model: nn.Module) -> int | None:

@@ -221,6 +221,21 @@ def test_batches_do_not_depend_on_the_number_of_processes(size, accumulate, per,
 
 
 @settings(max_examples=25, deadline=None)
+@given(
+    group=st.integers(1, 3), size=st.integers(1, 3), accumulate=st.integers(1, 2), per=st.integers(1, 2),
+    spare=st.integers(0, 5),
+)  # fmt: skip
+def test_groups_stay_together(group, size, accumulate, per, spare):
+    batch = group * size * accumulate * per
+    for rank in range(size):
+        world = World(CPU.device, rank, size)
+        for indices in TrainBatches(batch + group * spare, batch, accumulate, 7, world, group):
+            starts = indices[::group]
+            assert indices == [start + k for start in starts for k in range(group)]
+            assert all(start % group == 0 for start in starts)
+
+
+@settings(max_examples=25, deadline=None)
 @given(length=st.integers(0, 30), size=st.integers(1, 5))
 def test_evaluation_takes_everything_once(length, size):
     taken = [i for r in range(size) for i in EvalShare(length, World(CPU.device, r, size))]
@@ -228,16 +243,18 @@ def test_evaluation_takes_everything_once(length, size):
 
 
 @pytest.mark.parametrize(
-    ("length", "batch", "accumulate", "message"),
+    ("length", "batch", "accumulate", "group", "message"),
     [
-        (10, 5, 2, "batch size 5 .* multiple of 2"),
-        (3, 4, 1, "3 training clips .* batch of 4"),
-        (9, 0, 1, "0"),
+        (10, 5, 2, 1, "batch size 5 .* multiple of 2"),
+        (3, 4, 1, 1, "3 training clips .* batch of 4"),
+        (9, 0, 1, 1, "0"),
+        (12, 6, 2, 2, "12 training clips, 3 of them in a pass, .* groups of 2"),
+        (9, 4, 1, 2, "9 training clips, 4 of them in a pass, .* groups of 2"),
     ],
 )
-def test_batches_that_do_not_divide(length, batch, accumulate, message):
+def test_batches_that_do_not_divide(length, batch, accumulate, group, message):
     with pytest.raises(ValueError, match=message):
-        TrainBatches(length, batch, accumulate, 0, CPU)
+        TrainBatches(length, batch, accumulate, 0, CPU, group)
 
 
 # ---- the loop
@@ -317,6 +334,7 @@ def test_mixed_precision_and_moving_average(tmp_path, amp):
         ({"amp": "half"}, "amp must be one of off, bfloat16, float16, got 'half'"),
         ({"ema": 1.0}, r"ema is a decay in \[0, 1\), got 1.0"),
         ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
+        ({"group": 0}, "group must be at least 1, got 0"),
         ({"sync_bn": True}, "sync_bn needs CUDA"),
     ],
 )

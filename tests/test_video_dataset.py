@@ -64,7 +64,7 @@ def test_nothing_readable_ends_with_an_error(tmp_path):
 
 
 def test_a_video_shorter_than_announced_is_sampled_over_its_frames(tmp_path, caplog):
-    path = write_padded_video(tmp_path / "v.avi", 40, 8)
+    path = write_padded_video(tmp_path / "v.avi", 40, [40] * 8)
     shown = [number_of(frame) for frame in decode_all(path)]
     count = len(shown)
     sampler = SegmentSampler(4, "test", 2)

@@ -3,7 +3,16 @@ import pickle
 import av
 import numpy as np
 import pytest
-from video_clips import decode_all, number_of, picture, turn, write_folder, write_padded_video, write_video
+from video_clips import (
+    decode_all,
+    hide_frame,
+    number_of,
+    picture,
+    turn,
+    write_folder,
+    write_padded_video,
+    write_video,
+)
 
 from temporal_excite.video import FrameCountError, VideoError, open_frames, read_frames
 from temporal_excite.video.decoding import VideoFile
@@ -219,7 +228,7 @@ def test_frames_are_turned_as_the_display_matrix_says(matrix, sought, tmp_path, 
 
 
 def test_packets_without_a_picture(tmp_path):
-    path = write_padded_video(tmp_path / "v.avi", 40, 8)
+    path = write_padded_video(tmp_path / "v.avi", 40, [40] * 8)
     reference = decode_all(path)
     count = len(reference)  # FFmpeg may show the last frame once more
     assert count in (40, 41)
@@ -231,6 +240,26 @@ def test_packets_without_a_picture(tmp_path):
             video.read([3, count])
         assert (caught.value.num_frames, caught.value.announced) == (count, 48)
         assert np.array_equal(video.read([5])[0].permute(1, 2, 0).numpy(), reference[5])
+
+
+@pytest.mark.parametrize("suffix", ["avi", "mp4", "mkv"])
+def test_packets_without_a_picture_in_the_middle_count_for_none(suffix, tmp_path):
+    path = write_padded_video(tmp_path / f"v.{suffix}", 40, [13, 13, 27])
+    reference = decode_all(path)
+    with open_frames(path) as video:
+        for i in [39, 12, 13, 14, 30]:
+            assert np.array_equal(video.read([i])[0].permute(1, 2, 0).numpy(), reference[i])
+
+
+def test_vp8_frames_that_are_not_shown_count_for_none(tmp_path):
+    path = write_video(tmp_path / "v.webm", 40, "libvpx", {"g": "12", "lag-in-frames": "0"})
+    path = hide_frame(path, 17)
+    reference = decode_all(path)
+    assert len(reference) == 39
+    with open_frames(path) as video:
+        assert len(video) == 39 and video._times is not None
+        for i in [38, 11, 16, 17, 18, 25]:
+            assert np.array_equal(video.read([i])[0].permute(1, 2, 0).numpy(), reference[i])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Small videos for the tests: every frame shows its own number."""
 
 import struct
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -59,8 +60,9 @@ def write_video(
     return path
 
 
-def write_padded_video(path: Path, frames: int, padding: int) -> Path:
-    """``frames`` numbered frames in MPEG-4, then ``padding`` packets without a picture ("VOP not coded")."""
+def write_padded_video(path: Path, frames: int, before: Sequence[int]) -> Path:
+    """``frames`` numbered frames in MPEG-4; before those numbered ``before``, or after the last one, packets
+    without a picture ("VOP not coded")."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=25)
         stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
@@ -70,13 +72,23 @@ def write_padded_video(path: Path, frames: int, padding: int) -> Path:
             for packet in stream.encode(av.VideoFrame.from_ndarray(picture(i), format="rgb24"))
         ]
         packets += stream.encode(None)
-        step = packets[1].pts - packets[0].pts
-        for k in range(padding):
-            filler = av.Packet(b"\0\0\1\xb6\x50\x4f")
-            filler.stream, filler.time_base = stream, packets[-1].time_base
-            filler.pts = filler.dts = packets[frames - 1].pts + step * (k + 1)
-            packets.append(filler)
+        base, first, step = packets[0].time_base, packets[0].pts, packets[1].pts - packets[0].pts
+        for place in sorted(before, reverse=True):
+            packets.insert(place, av.Packet(b"\0\0\1\xb6\x50\x4f"))
+        for i, packet in enumerate(packets):
+            packet.stream, packet.time_base, packet.pts, packet.dts = stream, base, *[first + step * i] * 2
         container.mux(packets)
+    return path
+
+
+def hide_frame(path: Path, number: int) -> Path:
+    """Clear ``show_frame`` in a frame of a VP8 file: it is decoded, but not shown."""
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+        frame = bytes(packets[number])
+    content = path.read_bytes()
+    assert content.count(frame) == 1
+    path.write_bytes(content.replace(frame, bytes([frame[0] & ~0x10]) + frame[1:]))
     return path
 
 

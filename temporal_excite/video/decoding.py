@@ -14,6 +14,7 @@ from torch import Tensor
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 VIDEOS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv")
+_NOT_CODED = 16  # bytes; an MPEG-4 packet that only says "as before" ("VOP not coded") has 5 to 15
 _NUMBERED = re.compile(r"(.*?)(\d+)(\.\w+)")
 
 
@@ -164,7 +165,7 @@ class VideoFile:
     in between that nothing refers to (non-reference B-frames) are left out. Frame i is the i-th frame that
     decoding the whole file gives. Where time stamps cannot tell (AVI with B-frames, missing or doubled
     stamps, a stream that starts inside a group of pictures) the file is decoded in order up to the last frame
-    asked for.
+    asked for; so it is where MPEG-4 packets are so small that they may hold no picture.
 
     Frames come as a player shows them: turned by quarter turns and mirrored as the file's display matrix says
     (phones), as FFmpeg's ``autorotate`` does.
@@ -194,10 +195,15 @@ class VideoFile:
         # one thread: no delay after a seek, and data loaders already run one process a core
         self._stream.codec_context.thread_type = "NONE"
         self._stream.codec_context.thread_count = 1
+        codec = self._stream.codec_context.name
         packets = []
+        doubtful = False
         try:
             for packet in self._container.demux(self._stream):
+                if codec == "vp8" and packet.size and not memoryview(packet)[0] & 0x10:
+                    continue  # never shown, others refer to it (RFC 6386, Sec. 9.1, "show_frame")
                 if packet.size and not packet.is_discard:
+                    doubtful |= codec == "mpeg4" and packet.size < _NOT_CODED
                     packets.append((packet.pts, packet.dts, packet.is_keyframe))
         except self._av.FFmpegError as error:
             raise VideoError(self.path, f"broken after {len(packets)} frames: {error}") from error
@@ -210,7 +216,12 @@ class VideoFile:
         keys = [(pts, pts if dts is None else dts) for pts, dts, key in packets if key and pts is not None]
         # AVI stores no time stamps: those given are guesses unless decoding and display order are the same
         guessed = "avi" in self._container.format.name and any(pts != dts for pts, dts, _ in packets)
-        if not guessed and len(set(times)) == len(packets) and keys and min(keys)[0] == min(times):
+        if (
+            not (guessed or doubtful)
+            and len(set(times)) == len(packets)
+            and keys
+            and min(keys)[0] == min(times)
+        ):
             self._times = sorted(times)
             self._keys = sorted(keys)
 
