@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 _countable = False
 
@@ -68,27 +68,30 @@ def to_clips(x: Tensor, n_segment: int) -> Tensor:
 
 def previous(frames: Tensor, n_segment: int, steps: int = 1) -> Tensor:
     """Frames moved so that frame t of a clip holds frame t - ``steps``; the first ones are zero."""
-    moved = torch.cat([frames[-steps:], frames[:-steps]])
-    return moved.masked_fill_(_positions(frames, n_segment) < steps, 0)
+    return _zeroed(torch.cat([frames[-steps:], frames[:-steps]]), n_segment, range(min(steps, n_segment)))
 
 
 def following(frames: Tensor, n_segment: int) -> Tensor:
     """Frames moved so that frame t of a clip holds frame t+1; the last frame is zero."""
-    moved = torch.cat([frames[1:], frames[:1]])
-    return moved.masked_fill_(_positions(frames, n_segment) == n_segment - 1, 0)
+    return _zeroed(torch.cat([frames[1:], frames[:1]]), n_segment, [n_segment - 1])
 
 
 def first_zeroed(frames: Tensor, n_segment: int) -> Tensor:
     """Frames, the first one of each clip zero."""
-    return frames.masked_fill(_positions(frames, n_segment) == 0, 0)
+    return _zeroed(frames.clone(), n_segment, [0])
 
 
-def _positions(frames: Tensor, n_segment: int) -> Tensor:
-    """Each frame's index in its clip, ``(N*T, 1, ...)``."""
+def _zeroed(frames: Tensor, n_segment: int, positions: Sequence[int]) -> Tensor:
+    """``frames``, zero at some positions of each clip; in place."""
+    if not in_graph():
+        for at in positions:
+            frames[at::n_segment] = 0
+        return frames
     # No view by clips: an exporter keeps the batch one symbol, where each round of splitting and joining
     # it would multiply the expression for it
     position = torch.arange(frames.shape[0], device=frames.device) % n_segment
-    return position.view(-1, *[1] * (frames.ndim - 1))
+    vacant = (position >= positions[0]) & (position <= positions[-1])
+    return frames.masked_fill_(vacant.view(-1, *[1] * (frames.ndim - 1)), 0)
 
 
 def sum_taps(before: Tensor, now: Tensor, after: Tensor, n_segment: int) -> Tensor:
@@ -105,11 +108,14 @@ def temporal_conv(x: Tensor, weight: Tensor, n_segment: int) -> Tensor:
     ``y[t] = W[..., 0] x[t-1] + W[..., 1] x[t] + W[..., 2] x[t+1]`` at each position.
 
     Args:
-        x: ``(N*T, C, H, W)``.
+        x: ``(N*T, C, H, W)``, or ``(N*T, C)`` for a full one.
         weight: ``(C, 1, 3)`` for a depthwise one, ``(C_out, C, 3)`` for a full one.
         n_segment: T.
     """
     weight = weight.to(x.dtype)
+    if x.ndim == 2:
+        taps = torch.cat([previous(x, n_segment), x, following(x, n_segment)], dim=1)
+        return F.linear(taps, weight.transpose(1, 2).flatten(1))
     if weight.shape[1] > 1:
         # three 1x1 convolutions in one; moving their outputs in time spares copies of the input
         taps = F.conv2d(x, weight.permute(2, 0, 1).flatten(0, 1)[..., None, None])
@@ -127,12 +133,14 @@ def causal_conv(now: Tensor, past: Sequence[Tensor], weight: Tensor) -> Tensor:
     """Causal temporal convolution, ``y[t] = W[..., 0] x[t-2] + W[..., 1] x[t-1] + W[..., 2] x[t]``.
 
     Args:
-        now: x, ``(N*T, C, H, W)``.
+        now: x, ``(N*T, C, H, W)``, or ``(N*T, C)`` for a full one.
         past: x[t-1] and x[t-2], of the same shape.
         weight: as for :func:`temporal_conv`; or ``(N*T, C, 1, 3)``, depthwise and its own for each frame.
     """
     one, two = past
     weight = weight.to(now.dtype)
+    if now.ndim == 2:
+        return F.linear(torch.cat([two, one, now], 1), weight.transpose(1, 2).flatten(1))
     if weight.ndim == 3 and weight.shape[1] == now.shape[1]:
         return F.conv2d(torch.cat([two, one, now], 1), weight.transpose(1, 2).flatten(1)[..., None, None])
     if _countable:
@@ -162,53 +170,59 @@ def clipwise_temporal_conv(x: Tensor, kernel: Tensor, n_segment: int) -> Tensor:
     return sum_taps(x * before, x * now, x * after, n_segment)
 
 
-def window_means(x: Tensor) -> Tensor:
-    """What the taps of a zero-padded 3x3 kernel see of ``x`` on average, ``(..., H, W)`` to ``(..., 3, 3)``.
+def nine_sums(x: Tensor) -> Tensor:
+    """Of maps ``(N, C, H, W)`` what the mean of any zero-padded 3x3 convolution depends on: ``(9, N, C)``.
 
-    ``out[ky, kx] = 1 / (H W) * sum x[i, j]`` over the positions ``(i, j)`` that tap ``(ky, kx)`` meets inside
-    the map: all, but for the last row at ``ky = 0`` and the first row at ``ky = 2``; columns likewise.
-    So it takes nine sums only: of everything, of the outer rows and columns, and the corners. The mean of a
-    convolution with kernel K is ``(K * out).sum((-2, -1))``, exactly. Computed in float32 at least.
+    The sums of everything, the last row, the first row, the last column, the first column, and the corners
+    last-last, last-first, first-last, first-first (row-column). In float32 at least. See
+    :func:`coefficients`.
     """
-    top, bottom, left, right = x[..., :1, :], x[..., -1:, :], x[..., :1], x[..., -1:]
-    sums = (
-        (x, left, right),
-        (top, top[..., :1], top[..., -1:]),
-        (bottom, bottom[..., :1], bottom[..., -1:]),
-    )
-    by_column = [_seen_by_taps([spatial_sum(part) for part in line], dim=-1) for line in sums]
-    return _seen_by_taps(by_column, dim=-2) / (x.shape[-2] * x.shape[-1])
+    return torch.stack([spatial_sum(part) for part in nine_parts(x)])
 
 
-def _seen_by_taps(sums: Sequence[Tensor], dim: int) -> Tensor:
-    """Of a sum over a line, given with its first and its last summand, the parts that three taps see."""
-    total, first, last = sums
-    return torch.stack((total - last, total, total - first), dim)
+def nine_parts(x: Tensor) -> list[Tensor]:
+    """The views of ``x`` that :func:`nine_sums` adds up."""
+    rows = [x[..., -1:, :], x[..., :1, :]]
+    columns = [x[..., -1:], x[..., :1]]
+    return [x, *rows, *columns, *[row[..., at] for row in rows for at in (slice(-1, None), slice(1))]]
 
 
-def spatial_sum(x: Tensor) -> Tensor:
+def coefficients(kernel: Tensor) -> Tensor:
+    """``(C, 1, 3, 3)`` to ``(9, C)``: ``sum(kernel * x) = (coefficients * nine_sums(x)).sum(0)``, exactly.
+
+    ``kernel * x`` is the depthwise convolution, zero-padded. Its tap ``(ky, kx)`` meets every position but
+    the last row where ``ky = 0``, the first row where ``ky = 2``, columns likewise. So everything counts as
+    often as the kernel has weight, an outer row or column is taken off again with the weight of the taps
+    that miss it, and a corner given back where that took it off twice.
+    """
+    k = kernel[:, 0]
+    outer = k[:, ::2]
+    parts = k.sum((1, 2))[:, None], -outer.sum(2), -k[..., ::2].sum(1), outer[..., ::2].flatten(1)
+    return torch.cat(parts, dim=1).T
+
+
+def spatial_sum(x: Tensor, out: Tensor | None = None) -> Tensor:
     """``x.sum((-2, -1))`` of ``(..., H, W)``, in float32 at least."""
-    wide = torch.promote_types(x.dtype, torch.float32)
     if _countable:
         return F.adaptive_avg_pool2d(x, 1)[..., 0, 0] * (x.shape[-2] * x.shape[-1])
-    # one long line is summed faster than many short ones
-    if x.shape[-2] == 1:
-        return x[..., 0, :].sum(-1, dtype=wide)
-    if x.shape[-1] == 1:
-        return x[..., 0].sum(-1, dtype=wide)
-    if x.is_contiguous():
-        return x.flatten(-2).sum(-1, dtype=wide)
-    return x.sum((-2, -1), dtype=wide)
+    return torch.sum(x, (-2, -1), dtype=torch.promote_types(x.dtype, torch.float32), out=out)
 
 
 def spatial_mean(x: Tensor) -> Tensor:
-    """``x.mean((-2, -1), keepdim=True)`` of ``(..., H, W)``, in float32 at least."""
-    return (spatial_sum(x) / (x.shape[-2] * x.shape[-1]))[..., None, None]
+    """``x.mean((-2, -1))`` of ``(..., H, W)``, in float32 at least."""
+    return spatial_sum(x) / (x.shape[-2] * x.shape[-1])
 
 
 def channel_mean(x: Tensor) -> Tensor:
     """``x.mean(1, keepdim=True)``, in float32 at least."""
     return x.mean(1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def pointwise(conv: nn.Module, x: Tensor) -> Tensor:
+    """A 1x1 convolution of vectors ``(N, C)``."""
+    if type(conv) is nn.Conv2d:  # a matrix product: setting up a convolution takes longer than this one
+        return F.linear(x, conv.weight.flatten(1).to(x.dtype), conv.bias)
+    return conv(x[..., None, None]).flatten(1)  # quantised, adapted or otherwise replaced
 
 
 def full_precision(x: Tensor) -> AbstractContextManager:

@@ -16,9 +16,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from . import ops, past
-from .ops import following, in_graph, previous, to_clips
+from .ops import following, in_graph, nine_parts, previous, spatial_sum, to_clips
 
-_BLOCK = 1 << 20  # bytes; what a pass works on at a time, small enough for a core's share of the cache
+# bytes a pass works on at a time: smaller ones cost more calls than they spare traffic beyond the cache
+_BLOCK = 4 << 20
 
 
 def recompute(function: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module) -> Tensor:
@@ -127,32 +128,33 @@ def _steps(offset: int) -> Iterator[tuple[int, int]]:
     return ((k, k - 1 + offset) for k in range(3))
 
 
-def window_means(x: Tensor) -> Tensor:
-    """:func:`~temporal_excite.ops.window_means`."""
+def nine_sums(x: Tensor) -> Tensor:
+    """:func:`~temporal_excite.ops.nine_sums`."""
     if in_graph():
-        return ops.window_means(x)
-    result: Tensor = _WindowMeans.apply(x)
+        return ops.nine_sums(x)
+    result: Tensor = _NineSums.apply(x)
     return result
 
 
-class _WindowMeans(torch.autograd.Function):
+class _NineSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.shape, ctx.dtype = x.shape, x.dtype
         ctx.layout = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
-        return ops.window_means(x)
+        sums = x.new_empty((9, *x.shape[:2]), dtype=torch.promote_types(x.dtype, torch.float32))
+        for part, out in zip(nine_parts(x), sums, strict=True):
+            if part.shape[2:] == (1, 1):
+                out.copy_(part[..., 0, 0])
+            else:
+                spatial_sum(part, out=out)
+        return sums
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        # tap 0 does not see the last row, tap 2 not the first; columns likewise
-        *_, height, width = ctx.shape
-        grad = (grad / (height * width)).to(ctx.dtype)
-        lines = grad.sum(-1, keepdim=True).expand(-1, -1, -1, width).clone()
-        lines[..., 0] -= grad[..., 2]
-        lines[..., -1] -= grad[..., 0]
-        full = lines.sum(2, keepdim=True).expand(ctx.shape).clone(memory_format=ctx.layout)
-        full[:, :, 0] -= lines[:, :, 2]
-        full[:, :, -1] -= lines[:, :, 0]
+        total, *parts = grad.to(ctx.dtype)[..., None, None]
+        full = total.expand(ctx.shape).clone(memory_format=ctx.layout)
+        for view, part in zip(nine_parts(full)[1:], parts, strict=True):
+            view += part
         return full
 
 

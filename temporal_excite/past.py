@@ -39,8 +39,8 @@ class Step:
         self.blank = blank
         self.left: dict[str, Tensor] = {}
         """What this step leaves to the next."""
-        self.first = state["frames"].view(-1, 1, 1, 1) == 0
-        """Which streams are at their first frame, ``(B, 1, 1, 1)``."""
+        self.first = state["frames"] == 0
+        """Which streams are at their first frame, ``(B,)``."""
         self.owners: dict[str, nn.Module] = {}
         """Where ``blank``, the module that each key is of."""
         self._versions: dict[str, tuple[Tensor, int | None]] = {}

@@ -31,7 +31,11 @@ def on_clip(model: nn.Module, clip: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check_equality(model: nn.Module, x: Tensor, resets: list[list[bool]], tolerance: float) -> None:
-    """Step through streams ``(B, L, C, H, W)``, each reset where it is told, and compare with the clips."""
+    """Step through streams ``(B, L, C, H, W)``, each reset where it is told, and compare with the clips.
+
+    A network that answers one rounding of its input with more than a 30th of ``tolerance`` gets 30 times
+    that: every layer rounds.
+    """
     stream = te.Stream(model)
     state = stream.initial_state(len(x), x.shape[2:])
     outputs = []
@@ -43,10 +47,13 @@ def check_equality(model: nn.Module, x: Tensor, resets: list[list[bool]], tolera
     got = torch.stack(outputs, 1)
     for b in range(len(x)):
         for start, end in segments(resets[b]):
-            want = on_clip(model, x[b, start:end])
-            assert relative(got[b, start:end], want) < tolerance
+            clip = x[b, start:end]
+            want = on_clip(model, clip)
+            rounded = clip * (1 + torch.finfo(clip.dtype).eps * torch.randn_like(clip).sign())
+            allowed = max(tolerance, 30 * relative(on_clip(model, rounded), want))
+            assert relative(got[b, start:end], want) < allowed
             seen = end - start
-        assert relative(state["consensus"][b], want.mean(0)) < 10 * tolerance
+        assert relative(state["consensus"][b], want.mean(0)) < 10 * allowed
         assert int(state["frames"][b]) == seen
 
 

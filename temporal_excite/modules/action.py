@@ -17,12 +17,16 @@ from .. import passes
 from ..ops import (
     causal_conv,
     channel_mean,
+    coefficients,
     following,
     full_precision,
+    in_graph,
+    pointwise,
     positive_int,
     previous,
     spatial_mean,
     temporal_conv,
+    to_clips,
 )
 from .base import TemporalModule
 from .registry import register_module
@@ -82,13 +86,16 @@ class STE(Excitation):
     def gate(self, x: Tensor) -> Tensor:
         with full_precision(x) if self.fast else nullcontext():
             mean = channel_mean(x) if self.fast else x.mean(dim=1, keepdim=True)
+            weight = self.weight.to(mean.dtype)
+            if self.fast and not self.causal and not in_graph():  # a graph keeps the batch one symbol
+                clips = to_clips(mean, self.n_segment).transpose(1, 2)
+                return F.conv3d(clips, weight[None], padding=1).sigmoid().view_as(mean)
             if self.causal:
                 one, two = self.past(mean, 2, "mean")
                 frames = [two, one, mean]
             else:
                 frames = [previous(mean, self.n_segment), mean, following(mean, self.n_segment)]
-            taps = torch.cat(frames, dim=1)
-            return F.conv2d(taps, self.weight.to(taps.dtype), padding=1).sigmoid()
+            return F.conv2d(torch.cat(frames, dim=1), weight, padding=1).sigmoid()
 
 
 class CE(Excitation):
@@ -128,17 +135,17 @@ class CE(Excitation):
             nn.init.zeros_(self.expand.weight)
 
     def gate(self, x: Tensor) -> Tensor:
-        return self.gate_of_mean(spatial_mean(x) if self.fast else F.adaptive_avg_pool2d(x, 1))
+        return self.gate_of_mean(spatial_mean(x) if self.fast else F.adaptive_avg_pool2d(x, 1).flatten(1))
 
     def gate_of_mean(self, mean: Tensor) -> Tensor:
-        """The mask for frames whose spatial mean is ``mean``, ``(N*T, C, 1, 1)``."""
+        """The mask for frames whose spatial mean is ``mean``, ``(N*T, C)``."""
         with full_precision(mean):
-            pooled = self.squeeze(mean.to(self.squeeze.weight.dtype))
+            pooled = pointwise(self.squeeze, mean.to(self.squeeze.weight.dtype))
             if self.causal:
                 mixed = causal_conv(pooled, self.past(pooled, 2, "squeezed"), self.temporal.weight)
             else:
                 mixed = temporal_conv(pooled, self.temporal.weight, self.n_segment)
-            return self.expand(self.act(mixed)).sigmoid()
+            return pointwise(self.expand, self.act(mixed)).sigmoid()[..., None, None]
 
 
 class ME(Excitation):
@@ -183,18 +190,18 @@ class ME(Excitation):
     def gate_of_motion(self, motion: Tensor) -> Tensor:
         """The mask for the pooled motion F."""
         with full_precision(motion):
-            return self.expand(motion.to(self.expand.weight.dtype)).sigmoid()
+            return pointwise(self.expand, motion.to(self.expand.weight.dtype)).sigmoid()[..., None, None]
 
     def motion(self, x: Tensor) -> Tensor:
-        """The pooled motion F, ``(N*T, squeezed, 1, 1)``."""
+        """The pooled motion F, ``(N*T, squeezed)``."""
         if self.fast and self.linear:
-            return self.motion_of_windows(passes.window_means(x), *x.shape[2:])
+            return self.motion_of_sums(passes.nine_sums(x), *x.shape[2:])
         features = self.norm(self.squeeze(x))
         if self.causal:
-            pooled = (F.adaptive_avg_pool2d(f, 1) for f in (self.transform(features), features))
+            pooled = (F.adaptive_avg_pool2d(f, 1).flatten(1) for f in (self.transform(features), features))
             return self._causal_motion(*pooled)
         arrived = self.transform(features) - previous(features, self.n_segment)  # F[t-1] at frame t
-        return following(F.adaptive_avg_pool2d(arrived, 1), self.n_segment)
+        return following(F.adaptive_avg_pool2d(arrived, 1).flatten(1), self.n_segment)
 
     @property
     def linear(self) -> bool:
@@ -205,21 +212,22 @@ class ME(Excitation):
             and (isinstance(self.norm, nn.Identity) or _is_affine(self.norm))
         )
 
-    def motion_of_windows(self, windows: Tensor, height: int, width: int) -> Tensor:
-        """The pooled motion F of frames of that size whose :func:`~.ops.window_means` are ``windows``."""
-        with full_precision(windows):
-            features = F.conv2d(windows, self.squeeze.weight.to(windows.dtype))
+    def motion_of_sums(self, sums: Tensor, height: int, width: int) -> Tensor:
+        """The pooled motion F of frames of that size whose :func:`~.ops.nine_sums` are ``sums``."""
+        with full_precision(sums):
+            means = F.linear(sums, self.squeeze.weight.flatten(1).to(sums.dtype)) / (height * width)
+            weights = coefficients(self.transform.weight.to(sums.dtype))  # (9, squeezed)
+            now, ahead = means[0], (weights[:, None] * means).sum(0)
             if not isinstance(self.norm, nn.Identity):
-                scale, offset = _scale_and_offset(self.norm, windows.dtype)
-                # the share of positions at which each tap meets the map: what a constant's mean becomes
-                edge = torch.arange(-1, 2, device=windows.device, dtype=windows.dtype).abs()
-                share = torch.outer(1 - edge / height, 1 - edge / width)
-                features = features * scale + offset * share
-            kernel = self.transform.weight.to(windows.dtype)
-            ahead, mean = F.conv2d(features, kernel, groups=len(kernel)), features[:, :, 1:2, 1:2]
+                scale, offset = _scale_and_offset(self.norm, sums.dtype)
+                # how much of a constant map the nine sums, as means, see
+                row, column, corner = 1 / height, 1 / width, 1 / (height * width)
+                seen = sums.new_tensor([1, row, row, column, column, *[corner] * 4])
+                now = now * scale + offset
+                ahead = ahead * scale + offset * (seen @ weights)
             if self.causal:
-                return self._causal_motion(ahead, mean)
-            arrived = ahead - previous(mean, self.n_segment)  # F[t-1] at frame t
+                return self._causal_motion(ahead, now)
+            arrived = ahead - previous(now, self.n_segment)  # F[t-1] at frame t
             return following(arrived, self.n_segment)
 
     def _causal_motion(self, transformed: Tensor, mean: Tensor) -> Tensor:
@@ -300,25 +308,22 @@ class ActionModule(TemporalModule):
 
     def _excite(self, x: Tensor) -> Tensor:
         y = self.shift(x)
-        channel = self._channel_gates(x, y)
+        channel = self._channel_gates(y)
         pixel = [self.ste.gate(y)] if "ste" in self.paths else []
         n = len(self.paths)
         # ... * (n + sum), or * (1 + mean of (2 gate - 1)) = * (2 / n * sum)
         factor, constant = (2 / n, 0) if self.identity_start else (1, n)
-        first, *rest = [torch.stack(gates).sum(0) * factor for gates in (channel, pixel) if gates]
+        first, *rest = [sum(gates[1:], gates[0]) * factor for gates in (channel, pixel) if gates]
         return passes.gate(y, first + constant, *rest, reuse=y is not x)
 
-    def _channel_gates(self, x: Tensor, y: Tensor) -> list[Tensor]:
-        """The masks of CE and ME for y = shift(x), from pooled values alone where that is possible.
-
-        A temporal convolution works on every position alike: pooled values of y are those of x, convolved.
-        """
+    def _channel_gates(self, y: Tensor) -> list[Tensor]:
+        """The masks of CE and ME, from the same sums where ME needs no more."""
         if "me" in self.paths and self.me.fast and self.me.linear:
-            # a stream keeps the past of x for the shift alone
-            windows = passes.window_means(y) if self.causal else self.shift(passes.window_means(x))
-            gates = [self.me.gate_of_motion(self.me.motion_of_windows(windows, *x.shape[2:]))]
+            height, width = y.shape[2:]
+            sums = passes.nine_sums(y)
+            gates = [self.me.gate_of_motion(self.me.motion_of_sums(sums, height, width))]
             if "ce" in self.paths:
-                gates.append(self.ce.gate_of_mean(windows[:, :, 1:2, 1:2]))
+                gates.append(self.ce.gate_of_mean(sums[0] / (height * width)))
             return gates
         return [getattr(self, path).gate(y) for path in ("ce", "me") if path in self.paths]
 
@@ -337,13 +342,13 @@ def _is_affine(norm: nn.Module) -> bool:
 
 
 def _scale_and_offset(norm: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Of an affine norm, each ``(C, 1, 1)``."""
+    """Of an affine norm, each ``(C,)``."""
     mean, var = (getattr(norm, name).to(dtype) for name in ("running_mean", "running_var"))
     scale = (var + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight.to(dtype)
     offset = -mean * scale if norm.bias is None else norm.bias.to(dtype) - mean * scale
-    return scale[:, None, None], offset[:, None, None]
+    return scale, offset
 
 
 register_module("action", ActionModule)

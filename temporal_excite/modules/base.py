@@ -50,9 +50,9 @@ class TemporalModule(nn.Module):
         return [previous(x, self.n_segment, k) for k in range(1, steps + 1)]
 
     def zero_at_first(self, x: Tensor) -> Tensor:
-        """``x``, ``(N*T, C, H, W)``, zero at the first frame of each clip or stream."""
+        """``x``, ``(N*T, ...)``, zero at the first frame of each clip or stream."""
         if step := past.current():
-            return x.masked_fill(step.first, 0)
+            return x.masked_fill(step.first.view(-1, *[1] * (x.ndim - 1)), 0)
         return first_zeroed(x, self.n_segment)
 
     def check_n_segment(self, n_segment: int) -> None:

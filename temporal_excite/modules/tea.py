@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import passes
-from ..ops import positive_int
+from ..ops import pointwise, positive_int
 from .action import ME
 from .base import TemporalModule
 from .registry import register_module
@@ -54,7 +54,7 @@ class MotionExcitation(ME):
     def gate(self, x: Tensor) -> Tensor:
         """The motion-attentive weights A, ``(N*T, C, 1, 1)``."""
         motion = self.motion(x).to(self.expand.weight.dtype)
-        gate = self.norm2(self.expand(motion)).sigmoid() - 0.5
+        gate = self.norm2(pointwise(self.expand, motion)[..., None, None]).sigmoid() - 0.5
         return gate if self.form == "released" else 2 * gate
 
     def forward(self, x: Tensor) -> Tensor:
