@@ -254,7 +254,7 @@ CONTENDERS |= {
     for name in ("tsm", "shift", "ste", "ce", "me", "action", "tea", "tefe")
 }
 QUICK = ("tsn", "tsm", "action")
-QUICK_BUDGET = (256, 256, 32)  # steps, training and test clips of each class
+QUICK_BUDGET = (192, 256, 32)  # steps, training and test clips of each class
 
 
 # ---- the runs
@@ -440,7 +440,7 @@ def plot_early(results: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
         ax.axhline(50, color="black", linewidth=0.8, linestyle="--")
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("accuracy within the pair (%)")
-    figure.supxlabel("frames seen", fontsize=9)
+    axes[len(axes) // 2].set_xlabel("frames seen")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

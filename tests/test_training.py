@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -326,6 +327,51 @@ def test_mixed_precision_and_moving_average(tmp_path, amp):
     assert torch.equal(raw[key], model.state_dict()[key]) and not torch.equal(raw[key], kept[key])
     losses = [line["loss"] for line in read_log(tmp_path, "step")]
     assert all(0 < loss < 10 for loss in losses)
+
+
+def test_compiled_training_is_the_same(tmp_path, monkeypatch):
+    compiled = []
+
+    def eager(network):
+        compiled.append(network)
+        return compile_(network, backend="eager")
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", eager)
+    losses = []
+    for i in range(2):
+        options = dataclasses.replace(QUIET, compile=bool(i))
+        train(fresh(), CONFIG, RECIPE, Clips(), None, tmp_path / str(i), options=options)
+        losses.append([line["loss"] for line in read_log(tmp_path / str(i), "step")])
+    assert len(compiled) == 1 and losses[0] == pytest.approx(losses[1], rel=1e-5)
+    load_model(tmp_path / "1" / "last.pt")
+
+
+def test_tensorboard_gets_what_the_log_gets(tmp_path, monkeypatch):
+    written = {}
+
+    class Writer:
+        def __init__(self, folder):
+            assert folder == str(tmp_path / "run" / "tensorboard")
+
+        def add_scalar(self, name, value, step):
+            written[name, step] = value
+
+        def close(self):
+            written["closed"] = True
+
+    options = dataclasses.replace(QUIET, tensorboard=True)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # not installed
+    with pytest.raises(ValueError, match="pip install tensorboard"):
+        train(fresh(), CONFIG, RECIPE, Clips(), None, tmp_path / "none", options=options)
+    module = types.SimpleNamespace(SummaryWriter=Writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    train(fresh(), CONFIG, RECIPE, Clips(), Clips(4), tmp_path / "run", options=options)
+    for line in read_log(tmp_path / "run", "step"):
+        assert written["step/loss", line["step"]] == line["loss"]
+    for line in read_log(tmp_path / "run", "epoch"):
+        assert written["epoch/val_top1", line["step"]] == line["val_top1"]
+    assert written["closed"]
 
 
 @pytest.mark.parametrize(
