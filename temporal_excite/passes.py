@@ -114,12 +114,10 @@ class _TemporalConv(torch.autograd.Function):
         if ctx.needs_input_grad[0]:  # the adjoint convolution: taps in reverse order
             grad_x = _TemporalConv.apply(grad, weight.flip(-1), n_segment, -offset)
         if ctx.needs_input_grad[1]:
-            g, clips = to_clips(grad, n_segment), to_clips(x, n_segment)
-            sums = []
-            for _, d in _steps(offset):
-                low, high = max(0, -d), max(0, n_segment - max(0, d))
-                sums.append(_sum_of_products(g[:, low:high], clips[:, low + d : high + d]))
-            grad_weight = torch.stack(sums, -1).unsqueeze(1).to(weight.dtype)
+            clips = zip(to_clips(grad.flatten(2), n_segment), to_clips(x.flatten(2), n_segment), strict=True)
+            products = torch.stack([_products_of_frames(*pair) for pair in clips]).sum(0)
+            taps = [products.diagonal(d, 1, 2).sum(-1) for _, d in _steps(offset)]
+            grad_weight = torch.stack(taps, -1).unsqueeze(1).to(weight.dtype)
         return grad_x, grad_weight, None, None
 
 
@@ -211,11 +209,12 @@ class _Gate(torch.autograd.Function):
             return grad_y, product.sum((2, 3), keepdim=True), product.sum(1, keepdim=True)
         grad_channel, grad_pixel = torch.empty_like(channel), torch.empty_like(pixel)
         step = _frames_per_block(y)
+        products = torch.empty_like(y[:step])
         for first in range(0, len(y), step):
             frames = slice(first, first + step)
-            product = grad[frames] * y[frames]
-            grad_channel[frames] = product.sum((2, 3), keepdim=True, dtype=channel.dtype)
-            grad_pixel[frames] = product.sum(1, keepdim=True, dtype=pixel.dtype)
+            product = torch.mul(grad[frames], y[frames], out=products[: len(y) - first])
+            torch.sum(product, (2, 3), keepdim=True, dtype=channel.dtype, out=grad_channel[frames])
+            torch.sum(product, 1, keepdim=True, dtype=pixel.dtype, out=grad_pixel[frames])
         return grad_y, grad_channel, grad_pixel
 
 
@@ -250,10 +249,10 @@ class _PartShift(torch.autograd.Function):
         return _PartShift.apply(grad, *ctx.options), None, None, None, None
 
 
-def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
-    """``a * b`` of ``(N, T, C, H, W)`` summed to ``(C,)``; one clip's product at a time exists."""
+def _products_of_frames(a: Tensor, b: Tensor) -> Tensor:
+    """``out[c, t, s] = sum_p a[t, c, p] b[s, c, p]``, in float32 at least: all taps' sums in one product."""
     wide = torch.promote_types(a.dtype, torch.float32)
-    return torch.stack([(u * v).sum((0, 2, 3), dtype=wide) for u, v in zip(a, b, strict=True)]).sum(0)
+    return torch.bmm(a.to(wide).transpose(0, 1), b.to(wide).permute(1, 2, 0))
 
 
 def _is_channels_last(x: Tensor) -> bool:

@@ -197,9 +197,14 @@ class ME(Excitation):
         if self.fast and self.linear:
             return self.motion_of_sums(passes.nine_sums(x), *x.shape[2:])
         features = self.norm(self.squeeze(x))
+        if self.fast and type(self.transform) is nn.Conv2d:
+            with full_precision(x):
+                means = passes.nine_sums(features) / (x.shape[2] * x.shape[3])
+                weights = coefficients(self.transform.weight.to(means.dtype))
+                return self._difference((weights[:, None] * means).sum(0), means[0])
         if self.causal:
             pooled = (F.adaptive_avg_pool2d(f, 1).flatten(1) for f in (self.transform(features), features))
-            return self._causal_motion(*pooled)
+            return self._difference(*pooled)
         arrived = self.transform(features) - previous(features, self.n_segment)  # F[t-1] at frame t
         return following(F.adaptive_avg_pool2d(arrived, 1).flatten(1), self.n_segment)
 
@@ -225,14 +230,14 @@ class ME(Excitation):
                 seen = sums.new_tensor([1, row, row, column, column, *[corner] * 4])
                 now = now * scale + offset
                 ahead = ahead * scale + offset * (seen @ weights)
-            if self.causal:
-                return self._causal_motion(ahead, now)
-            arrived = ahead - previous(now, self.n_segment)  # F[t-1] at frame t
-            return following(arrived, self.n_segment)
+            return self._difference(ahead, now)
 
-    def _causal_motion(self, transformed: Tensor, mean: Tensor) -> Tensor:
-        """F from the means over the map of ``K * f`` and ``f``."""
-        return self.zero_at_first(transformed - self.past(mean, name="mean")[0])
+    def _difference(self, transformed: Tensor, mean: Tensor) -> Tensor:
+        """F from the means over the map of ``K * f`` and ``f``, ``(N*T, squeezed)``."""
+        if self.causal:
+            return self.zero_at_first(transformed - self.past(mean, name="mean")[0])
+        arrived = transformed - previous(mean, self.n_segment)  # F[t-1] at frame t
+        return following(arrived, self.n_segment)
 
 
 class ActionModule(TemporalModule):
