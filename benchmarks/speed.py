@@ -1,17 +1,21 @@
-"""Time, saved bytes, peak memory and FLOPs of each temporal module on a backbone, fast and as published.
+"""Time, saved bytes, peak memory and FLOPs of each temporal module on a backbone, beside the plain backbone.
 
 python benchmarks/speed.py [--backbone NAME] [--modules tsm,action] [--device cuda] [--compile]
     [--channels-last] [--train] [--repeats 9] [--json FILE] [--plot FILE]
+
+"as published" is the same module computed step by step as the papers write it (as_published.py). The repeats
+of all networks are interleaved; a ratio is the median over the repeats of the ratio to the plain one.
 """
 
 import argparse
 import json
-import resource
 import statistics
 import time
+from pathlib import Path
 
 import timm
 import torch
+from as_published import use_published_forms
 from torch import nn
 
 import temporal_excite as te
@@ -34,13 +38,30 @@ def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
     return sum(kept.values())
 
 
+def peak_bytes(device: torch.device, reset: bool = False) -> float:
+    """The most memory in use since the last reset: of tensors on a GPU, of the process on Linux, else NaN."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return float("nan")
+    return 1024.0 * int(status.split("VmHWM:")[1].split()[0])
+
+
 def networks(options: argparse.Namespace) -> dict[str, nn.Module]:
-    """The backbone, and it with each module in both forms."""
+    """The backbone, and it with each module; as published too where that form is written down."""
     found = {"plain": timm.create_model(options.backbone)}
     for name in options.modules.split(","):
-        for fast, label in ((True, name), (False, f"{name} as published")):
-            model = te.inject(timm.create_model(options.backbone), name, n_segment=options.frames)
-            found[label] = te.set_fast(model, fast)
+        for label in (name, f"{name} as published"):
+            kwargs = json.loads(options.module_args)
+            model = te.inject(timm.create_model(options.backbone), name, n_segment=options.frames, **kwargs)
+            if label == name or use_published_forms(model):
+                found[label] = model
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
     return {
         label: m.train(options.train).to(options.device, memory_format=layout) for label, m in found.items()
@@ -53,7 +74,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, float | str]]:
     x = torch.randn(options.frames * options.clips, 3, options.size, options.size, device=options.device)
     if options.channels_last:
         x = x.to(memory_format=torch.channels_last)
-    cuda = torch.device(options.device).type == "cuda"
+    device = torch.device(options.device)
+    cuda = device.type == "cuda"
 
     def step(model: nn.Module) -> float:
         if cuda:
@@ -70,16 +92,17 @@ def measure(options: argparse.Namespace) -> list[dict[str, float | str]]:
     runners = {k: torch.compile(m) if options.compile else m for k, m in models.items()}
     peaks = {}
     for label, model in runners.items():  # warm up
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
         step(model)
+        model.zero_grad()
+        before = peak_bytes(device, reset=True)
         step(model)
-        if cuda:
-            peaks[label] = torch.cuda.max_memory_allocated()
+        peaks[label] = peak_bytes(device) - before
+        model.zero_grad()
     times: dict[str, list[float]] = {label: [] for label in runners}
     for _ in range(options.repeats):
         for label, model in runners.items():
             times[label].append(step(model))
+            model.zero_grad()
     rows = []
     shape = (options.clips, options.frames, 3, options.size, options.size)
     for label, model in models.items():
@@ -93,13 +116,18 @@ def measure(options: argparse.Namespace) -> list[dict[str, float | str]]:
                 "ms_max": ms[-1],
                 "ratio": statistics.median(pairs),
                 "saved_MiB": saved_bytes(model, x) / 2**20,
-                # of the process so far, where the device does not tell
-                "peak_MiB": peaks.get(label, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-                / 2**20,
-                "GFLOPs": te.count(model, shape, fast="as published" not in label).flops / 1e9,
+                "peak_MiB": peaks[label] / 2**20,
+                "GFLOPs": gflops(model, shape, label, options),
             }
         )
     return rows
+
+
+def gflops(model: nn.Module, shape: tuple[int, ...], label: str, options: argparse.Namespace) -> float:
+    """By fvcore; of the form that ran."""
+    if options.no_count:
+        return float("nan")
+    return te.count(model, shape, fast="as published" not in label).flops / 1e9
 
 
 def main() -> None:
@@ -114,6 +142,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     for flag in ("--compile", "--channels-last", "--train"):
         parser.add_argument(flag, action="store_true")
+    parser.add_argument("--module-args", default="{}", help="keywords of inject, as JSON")
+    parser.add_argument("--no-count", action="store_true", help="leave the FLOPs out")
     parser.add_argument("--json")
     parser.add_argument("--plot")
     options = parser.parse_args()
