@@ -48,7 +48,7 @@ class Step:
 
     def past(self, module: nn.Module, x: Tensor, steps: int, name: str) -> list[Tensor]:
         """``x`` of 1 to ``steps`` frames ago, and ``x`` itself into what the step leaves."""
-        prefix = f"{self.names[module]}.{name}."
+        prefix = f"{self.names[module]}.{name}.".lstrip(".")
         if prefix + "1" in self.left:
             raise RuntimeError(
                 f"{self.names[module]} ran twice in one step: each site needs a module of its own"

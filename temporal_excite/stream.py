@@ -173,9 +173,7 @@ class Stream:
             raise ValueError(f"expected frames (B, 3, H, W), one of each stream, got {found}")
         device, dtype = kind_of(self.model)
         if frames.device != device:
-            raise ValueError(
-                f"frames are on {frames.device}, the model on {device}: frames.to({str(device)!r})"
-            )
+            raise ValueError(f"frames are on {frames.device}, the model is on {device}: move one of them")
         if not frames.is_floating_point() or (frames.dtype != dtype and not _autocast(device)[0]):
             raise ValueError(f"frames are {frames.dtype}, the model {dtype}: convert (and normalise) them")
 

@@ -19,6 +19,9 @@ _NETWORKS: dict[str, NetworkPlan] = {}
 def register_module(name: str, factory: ModuleFactory) -> ModuleFactory:
     """Make ``inject(model, name)`` build ``factory(channels, n_segment=..., **kwargs)`` at every site.
 
+    ``inject(..., causal=True)`` adds ``causal=True``; a module that takes it derives from
+    :class:`~temporal_excite.modules.TemporalModule` and gets earlier frames from its ``past``.
+
     Raises:
         ValueError: the name is taken.
     """
