@@ -409,6 +409,50 @@ def test_bad_models():
         te.Stream(timm.create_model("resnet10t", features_only=True).eval()).initial_state(1, (3, 32, 32))
 
 
+def test_bad_steps_leave_the_state_alone():
+    stream, video = small(window=3), frames(2, 2)
+    _, second = (stream(f).logits for f in video)
+    stream.reset()
+    stream(video[0])
+    _, state = stream.step(video[0], stream.initial_state(2, (3, 32, 32)))
+    other = te.Stream(small("shift").model, 3).initial_state(2, (3, 32, 32))
+    wide = te.Stream(stream.model, 4).initial_state(2, (3, 32, 32))
+    x = video[1]
+    meta = {k: v.to("meta") for k, v in state.items()}
+    cases = [
+        (x[:1], state, r"frames \(1, 3, 32, 32\) need state.*batch and frame size stay"),
+        (x[..., :16], state, r"frames \(2, 3, 32, 16\) need state.*initial_state\(2, \(3, 32, 16\)\)"),
+        (x.float(), state, "frames are torch.float32, the model torch.float64"),
+        (x.to(torch.uint8), state, "frames are torch.uint8"),
+        (x[0], state, r"expected frames \(B, 3, H, W\), one of each stream, got \(3, 32, 32\)"),
+        (x[:0], state, "expected frames"),
+        ([x], state, "got list"),
+        (x.to("meta"), state, "frames are on meta, the model is on cpu"),
+        (x, {k: v.float() for k, v in state.items()}, "is torch.float32 on cpu, and needs to be torch"),
+        (x, meta, "on meta, and needs to be torch.int64 on cpu"),
+        (x, {k: v for k, v in state.items() if k != "frames"}, "it lacks frames, and nothing is foreign"),
+        (x, other, "not a state of this model and window: it lacks .* more, and .* foreign"),
+        (x, wide, r"state\['recent'\] of shape \(2, 3, 4\), got \(2, 4, 4\)"),
+        (x, {}, "it lacks .*initial_state"),
+    ]
+    before = {k: v.clone() for k, v in state.items()}
+    for bad, given_state, message in cases:
+        with pytest.raises(ValueError, match=message):
+            stream.step(bad, given_state)
+    for bad in (x[:1], x[..., :16]):
+        with pytest.raises(ValueError, match=r"began with frames \(2, 3, 32, 32\).*reset\(\) begins anew"):
+            stream(bad)
+    stream.model.train()
+    with pytest.raises(RuntimeError, match="training mode"):
+        stream.step(x, state)
+    stream.model.eval()
+    assert all(torch.equal(before[k], v) for k, v in state.items())
+    assert torch.equal(stream(x).logits, second)
+    te.eject(stream.model)
+    with pytest.raises(RuntimeError, match="make a new Stream after inject"):
+        stream.step(x, state)
+
+
 # --- graphs ------------------------------------------------------------------------------------------
 
 
