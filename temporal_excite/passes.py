@@ -85,10 +85,13 @@ class _TemporalConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, n_segment: int, offset: int) -> Tensor:
+        last_layout = _is_channels_last(x)
+        layout = torch.channels_last if last_layout else torch.contiguous_format
+        if last_layout:
+            x = x.contiguous(memory_format=layout)  # a slice becomes a copy, to have rows of W * C
         ctx.save_for_backward(x, weight)
         ctx.options = n_segment, offset
-        last_layout = _is_channels_last(x)
-        y = torch.empty_like(x, memory_format=torch.channels_last if last_layout else torch.contiguous_format)
+        y = torch.empty_like(x, memory_format=layout)
         taps = weight.to(x.dtype)[:, 0].T
         if last_layout:  # rows of W * C: a loop over C alone would be too short
             source, target = (t.permute(0, 2, 3, 1).flatten(2) for t in (x, y))
@@ -256,7 +259,8 @@ def _products_of_frames(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _is_channels_last(x: Tensor) -> bool:
-    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    """Whether the channels of a pixel lie side by side, also in a slice."""
+    return not x.is_contiguous() and x.stride(1) == 1
 
 
 def _frames_per_block(frames: Tensor) -> int:

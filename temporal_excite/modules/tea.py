@@ -257,7 +257,8 @@ class PartConv(TemporalModule):
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
         rest, part = x.tensor_split((self.channels - self.conv.channels,), dim=1)
-        return torch.cat([rest, self.conv(part)], dim=1)
+        # a copy, so that the backward pass keeps the part and not the whole
+        return torch.cat([rest, self.conv(part.clone())], dim=1)
 
 
 def _check_form(form: str) -> str:
