@@ -174,17 +174,31 @@ def nine_sums(x: Tensor) -> Tensor:
     """Of maps ``(N, C, H, W)`` what the mean of any zero-padded 3x3 convolution depends on: ``(9, N, C)``.
 
     The sums of everything, the last row, the first row, the last column, the first column, and the corners
-    last-last, last-first, first-last, first-first (row-column). In float32 at least. See
+    last-last, first-last, last-first, first-first (row-column). In float32 at least. See
     :func:`coefficients`.
     """
-    return torch.stack([spatial_sum(part) for part in nine_parts(x)])
+    rows, columns = torch.cat([x[:, :, -1:], x[:, :, :1]]), torch.cat([x[..., -1:], x[..., :1]])
+    parts = [spatial_sum(x), spatial_sum(rows), spatial_sum(columns), rows[:, :, 0, -1], rows[:, :, 0, 0]]
+    return torch.cat(parts).view(9, *x.shape[:2])
 
 
 def nine_parts(x: Tensor) -> list[Tensor]:
     """The views of ``x`` that :func:`nine_sums` adds up."""
-    rows = [x[..., -1:, :], x[..., :1, :]]
+    rows = [x[:, :, -1:], x[:, :, :1]]
     columns = [x[..., -1:], x[..., :1]]
-    return [x, *rows, *columns, *[row[..., at] for row in rows for at in (slice(-1, None), slice(1))]]
+    return [x, *rows, *columns, *[row[..., at] for at in (slice(-1, None), slice(1)) for row in rows]]
+
+
+def nine_counts(height: int, width: int) -> list[int]:
+    """How many positions each of the :func:`nine_sums` adds up."""
+    return [height * width, width, width, height, height, 1, 1, 1, 1]
+
+
+# The taps of a line, by their position, that everything, the last or the first position counts for
+_ALL, _LAST, _FIRST = (1, 1, 1), (-1, 0, 0), (0, 0, -1)
+_LINES = [(_ALL, _ALL), (_LAST, _ALL), (_FIRST, _ALL), (_ALL, _LAST), (_ALL, _FIRST)]
+_CORNERS = [(_LAST, _LAST), (_FIRST, _LAST), (_LAST, _FIRST), (_FIRST, _FIRST)]
+_SIGNS = [[i * j for i in row for j in column] for row, column in _LINES + _CORNERS]
 
 
 def coefficients(kernel: Tensor) -> Tensor:
@@ -195,10 +209,7 @@ def coefficients(kernel: Tensor) -> Tensor:
     often as the kernel has weight, an outer row or column is taken off again with the weight of the taps
     that miss it, and a corner given back where that took it off twice.
     """
-    k = kernel[:, 0]
-    outer = k[:, ::2]
-    parts = k.sum((1, 2))[:, None], -outer.sum(2), -k[..., ::2].sum(1), outer[..., ::2].flatten(1)
-    return torch.cat(parts, dim=1).T
+    return kernel.new_tensor(_SIGNS) @ kernel.flatten(1).T
 
 
 def spatial_sum(x: Tensor, out: Tensor | None = None) -> Tensor:

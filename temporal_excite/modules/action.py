@@ -21,6 +21,7 @@ from ..ops import (
     following,
     full_precision,
     in_graph,
+    nine_counts,
     pointwise,
     positive_int,
     previous,
@@ -199,9 +200,7 @@ class ME(Excitation):
         features = self.norm(self.squeeze(x))
         if self.fast and type(self.transform) is nn.Conv2d:
             with full_precision(x):
-                means = passes.nine_sums(features) / (x.shape[2] * x.shape[3])
-                weights = coefficients(self.transform.weight.to(means.dtype))
-                return self._difference((weights[:, None] * means).sum(0), means[0])
+                return self._motion_of_features(passes.nine_sums(features), *x.shape[2:])
         if self.causal:
             pooled = (F.adaptive_avg_pool2d(f, 1).flatten(1) for f in (self.transform(features), features))
             return self._difference(*pooled)
@@ -220,17 +219,18 @@ class ME(Excitation):
     def motion_of_sums(self, sums: Tensor, height: int, width: int) -> Tensor:
         """The pooled motion F of frames of that size whose :func:`~.ops.nine_sums` are ``sums``."""
         with full_precision(sums):
-            means = F.linear(sums, self.squeeze.weight.flatten(1).to(sums.dtype)) / (height * width)
-            weights = coefficients(self.transform.weight.to(sums.dtype))  # (9, squeezed)
-            now, ahead = means[0], (weights[:, None] * means).sum(0)
+            # a mean over any positions passes the squeeze and the norm like a pixel
+            counts = sums.new_tensor(nine_counts(height, width))[:, None, None]
+            features = F.linear(sums / counts, self.squeeze.weight.flatten(1).to(sums.dtype))
             if not isinstance(self.norm, nn.Identity):
-                scale, offset = _scale_and_offset(self.norm, sums.dtype)
-                # how much of a constant map the nine sums, as means, see
-                row, column, corner = 1 / height, 1 / width, 1 / (height * width)
-                seen = sums.new_tensor([1, row, row, column, column, *[corner] * 4])
-                now = now * scale + offset
-                ahead = ahead * scale + offset * (seen @ weights)
-            return self._difference(ahead, now)
+                features = _normalise(self.norm, features.flatten(0, 1)).view_as(features)
+            return self._motion_of_features(features * counts, height, width)
+
+    def _motion_of_features(self, sums: Tensor, height: int, width: int) -> Tensor:
+        """The pooled motion F from the nine sums of f, ``(9, N*T, squeezed)``."""
+        sums = sums / (height * width)
+        weights = coefficients(self.transform.weight.to(sums.dtype))
+        return self._difference((weights[:, None] * sums).sum(0), sums[0])
 
     def _difference(self, transformed: Tensor, mean: Tensor) -> Tensor:
         """F from the means over the map of ``K * f`` and ``f``, ``(N*T, squeezed)``."""
@@ -346,14 +346,11 @@ def _is_affine(norm: nn.Module) -> bool:
     return type(norm).__name__ == "FrozenBatchNorm2d"  # torchvision's, which timm freezes norms to
 
 
-def _scale_and_offset(norm: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Of an affine norm, each ``(C,)``."""
-    mean, var = (getattr(norm, name).to(dtype) for name in ("running_mean", "running_var"))
-    scale = (var + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.to(dtype)
-    offset = -mean * scale if norm.bias is None else norm.bias.to(dtype) - mean * scale
-    return scale, offset
+def _normalise(norm: Any, x: Tensor) -> Tensor:
+    """Vectors ``(N, C)`` by an affine norm."""
+    tensors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    mean, var, weight, bias = (None if t is None else t.to(x.dtype) for t in tensors)
+    return F.batch_norm(x, mean, var, weight, bias, eps=norm.eps)
 
 
 register_module("action", ActionModule)
