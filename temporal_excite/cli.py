@@ -13,6 +13,7 @@ COMMANDS = {
     "train": ("temporal_excite.training.commands.train", "train a model on a folder of videos"),
     "evaluate": ("temporal_excite.training.commands.evaluate", "accuracy of a checkpoint by a test protocol"),
     "predict": ("temporal_excite.training.commands.predict", "labels of videos"),
+    "watch": ("temporal_excite.training.commands.watch", "labels of a video or camera while it plays"),
     "explain": ("temporal_excite.training.commands.explain", "pictures of what a model looks at in a video"),
 }
 """name -> (module, one line of help)."""

@@ -16,12 +16,13 @@ from .evaluate import Evaluation, evaluate, parse_protocol
 from .optim import freeze_batch_norm, param_groups
 from .progress import read_log
 from .recipes import RECIPES, Recipe, get_recipe
-from .recognizer import Prediction, Recognizer
+from .recognizer import LiveRecognizer, Prediction, Recognizer
 
 __all__ = [
     "RECIPES",
     "CheckpointError",
     "Evaluation",
+    "LiveRecognizer",
     "ModelConfig",
     "Prediction",
     "Recipe",

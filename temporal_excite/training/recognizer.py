@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from ..classifier import VideoClassifier
+from ..injection import sites
+from ..modules.base import is_causal
+from ..stream import Stream
 from ..video import Record
 from .checkpoint import CheckpointError, ModelConfig, build_model, load_model, load_weights
 from .data import test_dataset
@@ -87,7 +90,21 @@ class Recognizer:
 
     def __call__(self, video: str | Path | Tensor, top: int = 5, protocol: str = "1x1") -> list[Prediction]:
         """The ``top`` best classes, best first; arguments as :meth:`scores`."""
-        best = self.scores(video, protocol).topk(min(top, self.config.num_classes))
+        return self._best(self.scores(video, protocol), top)
+
+    def live(self, window: int | None = None) -> "LiveRecognizer":
+        """Labels frame by frame, of a model with causal modules (``module_args={"causal": True}``).
+
+        Args:
+            window: frames whose logits are averaged, the latest; None: all since the start.
+
+        Raises:
+            ValueError: the modules are two-sided, or ``window`` is below 1.
+        """
+        return LiveRecognizer(self, window)
+
+    def _best(self, scores: Tensor, top: int) -> list[Prediction]:
+        best = scores.topk(min(top, self.config.num_classes))
         return [
             Prediction(self.config.labels[i], score)
             for i, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)
@@ -138,6 +155,42 @@ class Recognizer:
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Add model")
+
+
+class LiveRecognizer:
+    """A trained model that takes one video while it plays; made by :meth:`Recognizer.live`.
+
+    Over all frames of a clip the last scores are those that :meth:`Recognizer.scores` gives for it.
+    """
+
+    def __init__(self, recognizer: Recognizer, window: int | None) -> None:
+        config = recognizer.config
+        for site in sites(recognizer.model):
+            if not is_causal(site.module):
+                raise ValueError(
+                    f"the checkpoint's {config.module} modules are two-sided, they look at later frames: "
+                    "train a causal network, temporal-excite train --module-arg causal=True .."
+                )
+        self.recognizer = recognizer
+        self._stream = Stream(recognizer.model, window)
+        self._transform = test_dataset([Record(Path(), 0)], config).transform
+        # the first call for a size runs the network once more: not at the first frame
+        self._stream.initial_state(1, (3, config.crop, config.crop))
+
+    def __call__(self, frame: Tensor, top: int = 5) -> list[Prediction]:
+        """The ``top`` best classes after the next frame, ``(3, H, W)`` uint8, best first: the softmax of the
+        averaged logits."""
+        from torchvision import tv_tensors
+
+        if frame.ndim != 3 or len(frame) != 3 or frame.dtype != torch.uint8:
+            raise ValueError(f"expected a uint8 frame (3, H, W), got {frame.dtype} {tuple(frame.shape)}")
+        x, _ = self._transform(tv_tensors.Video(frame[None]), 0)  # type: ignore[misc]
+        consensus = self._stream(x.as_subclass(Tensor).to(self.recognizer.device)).consensus
+        return self.recognizer._best(consensus[0].softmax(0).cpu(), top)
+
+    def reset(self) -> None:
+        """Let the next frame be the first."""
+        self._stream.reset()
 
 
 def _download(repo_id: str) -> Sequence[Path]:

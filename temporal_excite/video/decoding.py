@@ -96,6 +96,13 @@ def _upright(picture: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     return picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
+def to_rgb(frame: Any, reformatter: Any) -> np.ndarray:
+    """A frame of PyAV as a player shows it, (H, W, 3) RGB."""
+    picture = reformatter.reformat(frame, format="rgb24").to_ndarray()
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    return picture if matrix is None else _upright(picture, np.frombuffer(matrix, np.int32))
+
+
 class FrameFolder:
     """A folder of numbered pictures.
 
@@ -291,7 +298,7 @@ class VideoFile:
                     if frame.pts >= key_pts and not clean:  # a "key frame" that only begins a gradual refresh
                         raise _Inexact
                     if frame.pts in targets:
-                        pictures[targets[frame.pts]] = self._rgb(frame)
+                        pictures[targets[frame.pts]] = to_rgb(frame, self._reformatter)
                 if len(pictures) == len(targets):
                     return pictures
         finally:
@@ -309,15 +316,10 @@ class VideoFile:
                 if count in targets:
                     if frame.is_corrupt:
                         raise VideoError(self.path, f"frame {count} is corrupt")
-                    pictures[count] = self._rgb(frame)
+                    pictures[count] = to_rgb(frame, self._reformatter)
                     if len(pictures) == len(targets):
                         return pictures
                 count += 1
         if not count:
             raise VideoError(self.path, "holds no decodable frame")
         raise FrameCountError(self.path, self._announced, count)
-
-    def _rgb(self, frame: Any) -> np.ndarray:
-        picture = self._reformatter.reformat(frame, format="rgb24").to_ndarray()
-        matrix = frame.side_data.get("DISPLAYMATRIX")
-        return picture if matrix is None else _upright(picture, np.frombuffer(matrix, np.int32))

@@ -1,4 +1,4 @@
-"""The command line's train, evaluate and predict."""
+"""The command line's commands on models and videos."""
 
 import argparse
 import ast
@@ -46,11 +46,12 @@ def add_device_argument(parser: Any) -> None:
 
 
 def keyword(text: str) -> tuple[str, Any]:
-    """``"stages=(2,3)"`` is ``("stages", (2, 3))``; what is no Python literal stays a string."""
+    """``"stages=(2,3)"`` is ``("stages", (2, 3))``; true and false are what they say in any case, and what is
+    no Python literal stays a string."""
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
     try:
-        return name, ast.literal_eval(value)
+        return name, ast.literal_eval(value.title() if value.lower() in ("true", "false") else value)
     except (ValueError, SyntaxError):
         return name, value

@@ -1,0 +1,203 @@
+"""Frames of one video in order, each decoded once: of a file, a folder of pictures, or a camera."""
+
+import queue
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .decoding import FrameFolder, VideoError, to_rgb
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A frame of a video."""
+
+    index: int
+    """Counted from 0."""
+    time: float
+    """Seconds since the first frame, from the time stamps."""
+    picture: Tensor
+    """``(3, H, W)`` uint8, RGB."""
+
+
+def play(source: str | Path, fps: float = 25.0) -> "FolderPlayer | FilePlayer | CameraPlayer":
+    """The frames of a video, one after the other, in constant memory.
+
+    All are context managers that give :class:`Frame` when iterated, once, all frames of one size; ``rate``
+    is the nominal number of frames a second.
+
+    Args:
+        source: a video file, a folder of numbered pictures, or a number that is no path: that camera.
+        fps: frames a second where the source does not tell: of a folder.
+
+    Raises:
+        VideoError: nothing there, or it cannot be read; while iterating, from where on.
+        ValueError: ``fps`` is not from 0.001 to 1000.
+    """
+    if not 0.001 <= fps <= 1000:
+        raise ValueError(f"fps must be from 0.001 to 1000, got {fps}")
+    path = Path(source)
+    if path.is_dir():
+        return FolderPlayer(path, fps)
+    if path.exists():
+        return FilePlayer(path, fps)
+    if str(source).isdecimal():
+        return CameraPlayer(int(str(source)), fps)
+    raise VideoError(path, "no such file or folder")
+
+
+class FolderPlayer:
+    """A folder of numbered pictures, as :class:`~.decoding.FrameFolder` takes it."""
+
+    def __init__(self, path: Path, fps: float) -> None:
+        self._folder = FrameFolder(path)
+        self.rate = Fraction(fps).limit_denominator(1001)
+
+    def __enter__(self) -> "FolderPlayer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[Frame]:
+        frames = ((None, self._folder.read([i])[0]) for i in range(len(self._folder)))
+        return _checked(self._folder.path, frames, self.rate)
+
+
+class FilePlayer:
+    """A video file, or what else PyAV opens."""
+
+    def __init__(self, path: Path, fps: float, file: str | None = None, format: str | None = None) -> None:
+        import av
+
+        self.path = path
+        self._av = av
+        self._reformatter = av.video.reformatter.VideoReformatter()
+        try:
+            self._container = av.open(str(path) if file is None else file, format=format)
+        except (av.FFmpegError, OSError, ValueError) as error:
+            raise VideoError(path, f"not a readable video: {error}") from error
+        self._stream = self._container.streams.best("video")
+        if self._stream is None:
+            self._container.close()
+            raise VideoError(path, "holds no video stream")
+        rate = Fraction(self._stream.average_rate or 0).limit_denominator(1001)
+        self.rate = rate or Fraction(fps).limit_denominator(1001)
+
+    def __enter__(self) -> "FilePlayer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._container.close()
+
+    def __iter__(self) -> Iterator[Frame]:
+        return _checked(self.path, self._decode(), self.rate)
+
+    def _decode(self) -> Iterator[tuple[float | None, Tensor]]:
+        count = 0
+        try:
+            for frame in self._container.decode(self._stream):
+                if frame.is_corrupt:
+                    raise VideoError(self.path, f"frame {count} is corrupt")
+                picture = to_rgb(frame, self._reformatter)
+                yield frame.time, torch.from_numpy(picture.copy()).permute(2, 0, 1)
+                count += 1
+        except self._av.FFmpegError as error:
+            raise VideoError(self.path, f"cannot be decoded after {count} frames: {error}") from error
+
+
+class CameraPlayer:
+    """A camera: always the newest frame; those that arrive while nobody asks are left out, their numbers
+    too. It never ends by itself."""
+
+    def __init__(self, number: int, fps: float) -> None:
+        file, format = _camera(number)
+        try:
+            self._player = FilePlayer(Path(file), fps, file, format)
+        except VideoError as error:
+            raise VideoError(error.path, f"no camera {number}: {error.problem}") from error
+        self.rate = self._player.rate
+        self._box: queue.Queue[Frame | BaseException | None] = queue.Queue(1)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._fill, daemon=True)
+
+    def __enter__(self) -> "CameraPlayer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join(timeout=2)  # a camera that has gone silent must not hold up the end
+        else:
+            self._player.__exit__(None, None, None)
+
+    def __iter__(self) -> Iterator[Frame]:
+        self._thread.start()
+        while (frame := self._box.get()) is not None:
+            if isinstance(frame, BaseException):
+                raise frame
+            yield frame
+
+    def _fill(self) -> None:
+        last: BaseException | None = None
+        with self._player:  # opened and closed where it is read
+            try:
+                for frame in self._player:
+                    if self._stop.is_set():
+                        return
+                    with suppress(queue.Empty):
+                        self._box.get_nowait()  # nobody came for it
+                    self._box.put(frame)
+            except Exception as error:
+                last = error
+        while not self._stop.is_set():
+            with suppress(queue.Full):
+                return self._box.put(last, timeout=0.1)
+
+
+def _camera(number: int) -> tuple[str, str]:
+    """File and format under which FFmpeg opens a camera."""
+    if sys.platform == "darwin":
+        return str(number), "avfoundation"
+    if sys.platform == "win32":
+        import av
+
+        if not hasattr(av, "enumerate_input_devices"):
+            raise VideoError(Path(str(number)), "cameras need a newer PyAV here: pip install -U av")
+        names = [d.name for d in av.enumerate_input_devices("dshow") if "video" in d.media_types]
+        if number >= len(names):
+            raise VideoError(
+                Path(str(number)), f"no camera {number}; there are: {', '.join(names) or 'none'}"
+            )
+        return f"video={names[number]}", "dshow"
+    return f"/dev/video{number}", "v4l2"
+
+
+def _checked(path: Path, frames: Iterator[tuple[Any, Tensor]], rate: Fraction) -> Iterator[Frame]:
+    """Frames of (time stamp or None, picture): numbered, timed, of one size, at least one."""
+    start, size = None, None
+    index = -1
+    for index, (time, picture) in enumerate(frames):
+        if size is None:
+            size, start = picture.shape, time
+        elif picture.shape != size:
+            raise VideoError(
+                path,
+                f"frames of different sizes (height, width): {tuple(size[1:])}, then "
+                f"{tuple(picture.shape[1:])} at frame {index}",
+            )
+        known = time is not None and start is not None
+        yield Frame(index, time - start if known else float(index / rate), picture)
+    if index < 0:
+        raise VideoError(path, "holds no decodable frame")
