@@ -10,12 +10,12 @@ of all networks are interleaved; a ratio is the median over the repeats of the r
 import argparse
 import json
 import statistics
-import time
 from pathlib import Path
 
 import timm
 import torch
 from as_published import use_published_forms
+from timing import ratio, seconds
 from torch import nn
 
 import temporal_excite as te
@@ -75,19 +75,15 @@ def measure(options: argparse.Namespace) -> list[dict[str, float | str]]:
     if options.channels_last:
         x = x.to(memory_format=torch.channels_last)
     device = torch.device(options.device)
-    cuda = device.type == "cuda"
 
     def step(model: nn.Module) -> float:
-        if cuda:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        with torch.set_grad_enabled(options.train):
-            out = model(x)
-        if options.train:
-            out.sum().backward()
-        if cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
+        def call() -> None:
+            with torch.set_grad_enabled(options.train):
+                out = model(x)
+            if options.train:
+                out.sum().backward()
+
+        return seconds(call, device)
 
     runners = {k: torch.compile(m) if options.compile else m for k, m in models.items()}
     peaks = {}
@@ -107,14 +103,13 @@ def measure(options: argparse.Namespace) -> list[dict[str, float | str]]:
     shape = (options.clips, options.frames, 3, options.size, options.size)
     for label, model in models.items():
         ms = sorted(1e3 * t for t in times[label])
-        pairs = [a / b for a, b in zip(times[label], times["plain"], strict=True)]
         rows.append(
             {
                 "network": label,
                 "ms": statistics.median(ms),
                 "ms_min": ms[0],
                 "ms_max": ms[-1],
-                "ratio": statistics.median(pairs),
+                "ratio": ratio(times, label),
                 "saved_MiB": saved_bytes(model, x) / 2**20,
                 "peak_MiB": peaks[label] / 2**20,
                 "GFLOPs": gflops(model, shape, label, options),

@@ -1,0 +1,117 @@
+"""Latency of one step of a stream: causal networks beside the plain backbone on one frame.
+
+python benchmarks/stream.py [--backbone NAME ..] [--modules NAME ..] [--batch N ..] [--compile]
+    [--device cuda] [--repeats 100] [--json FILE]
+
+A step takes one frame of each of N streams. The steps of all networks are interleaved; p50 and p95 are over
+the repeats, a ratio is the median over the repeats of the ratio to the plain one, and streams/s is N / p50:
+divided by the frames a second of a stream, the number of streams that fit. The state is that of one stream.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from functools import partial
+
+import timm
+import torch
+from timing import ratio, seconds
+from torch import nn
+
+import temporal_excite as te
+
+Row = dict[str, float | str]
+
+
+def networks(backbone: str, options: argparse.Namespace) -> tuple[nn.Module, dict[str, te.Stream]]:
+    """The plain backbone, and a stream of it with each module."""
+    plain = timm.create_model(backbone).eval().to(options.device)
+    found = {}
+    for name in options.modules:
+        model = te.inject(timm.create_model(backbone), name, causal=True)
+        found[name] = te.Stream(model.eval().to(options.device))
+    if options.compile:
+        for module in (plain, *(stream.module for stream in found.values())):
+            module.compile(dynamic=False)
+    return plain, found
+
+
+def steps(stream: te.Stream, frames: torch.Tensor) -> Callable[[], None]:
+    """A step on the same frames, each from the state that the one before left."""
+    state = stream.initial_state(len(frames), frames.shape[1:])
+
+    def step() -> None:
+        nonlocal state
+        _, state = stream.step(frames, state)
+
+    return step
+
+
+def measure(backbone: str, options: argparse.Namespace) -> list[Row]:
+    """A row for each number of streams and network."""
+    plain, found = networks(backbone, options)
+    device = torch.device(options.device)
+    rows: list[Row] = []
+    for batch in options.batch:
+        frames = torch.randn(batch, 3, options.size, options.size, device=device)
+        calls: dict[str, Callable[[], object]] = {"plain": torch.no_grad()(partial(plain, frames))}
+        calls |= {label: steps(stream, frames) for label, stream in found.items()}
+        for call in calls.values():  # warm up
+            call()
+            call()
+        times: dict[str, list[float]] = {label: [] for label in calls}
+        for _ in range(options.repeats):
+            for label, call in calls.items():
+                times[label].append(seconds(call, device))
+        for label in calls:
+            p50 = statistics.median(times[label])
+            rows.append(
+                {
+                    "backbone": backbone,
+                    "streams": batch,
+                    "network": label,
+                    "p50_ms": 1e3 * p50,
+                    "p95_ms": 1e3 * statistics.quantiles(times[label], n=20, method="inclusive")[-1],
+                    "ratio": ratio(times, label),
+                    "streams_per_s": batch / p50,
+                    "state_bytes": found[label].state_bytes(frames.shape[1:]) if label in found else 0,
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--backbone", nargs="+", default=["resnet50", "mobilenetv2_100"])
+    parser.add_argument("--modules", nargs="+", default=["tsm", "shift", "ste", "ce", "me", "action"])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1], help="numbers of streams in a step")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--repeats", type=int, default=100)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json")
+    options = parser.parse_args()
+    if options.repeats < 2:
+        parser.error(f"--repeats must be at least 2, got {options.repeats}")
+    torch.set_num_threads(options.threads)
+    rows = []
+    for backbone in options.backbone:
+        print(
+            f"{backbone:20} {'streams':>7} {'p50 ms':>8} {'p95 ms':>8} {'ratio':>6} {'streams/s':>9} "
+            f"{'state bytes':>12}"
+        )
+        for r in measure(backbone, options):
+            print(
+                f"  {r['network']:18} {r['streams']:7} {r['p50_ms']:8.1f} {r['p95_ms']:8.1f} "
+                f"{r['ratio']:6.3f} {r['streams_per_s']:9.1f} {r['state_bytes']:12,}"
+            )
+            rows.append(r)
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump({"options": vars(options), "torch": torch.__version__, "rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""What the timing scripts share."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    """How long a call takes; on a GPU until its work is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def ratio(times: Mapping[str, Sequence[float]], label: str) -> float:
+    """Of a network to the plain one: the median over the repeats of the ratio within a repeat."""
+    return statistics.median(a / b for a, b in zip(times[label], times["plain"], strict=True))
