@@ -114,8 +114,8 @@ def temporal_conv(x: Tensor, weight: Tensor, n_segment: int) -> Tensor:
     """
     weight = weight.to(x.dtype)
     if x.ndim == 2:
-        taps = torch.cat([previous(x, n_segment), x, following(x, n_segment)], dim=1)
-        return F.linear(taps, weight.transpose(1, 2).flatten(1))
+        taps = torch.stack([previous(x, n_segment), x, following(x, n_segment)], dim=2)
+        return F.linear(taps.flatten(1), weight.flatten(1))
     if weight.shape[1] > 1:
         # three 1x1 convolutions in one; moving their outputs in time spares copies of the input
         taps = F.conv2d(x, weight.permute(2, 0, 1).flatten(0, 1)[..., None, None])
@@ -140,7 +140,7 @@ def causal_conv(now: Tensor, past: Sequence[Tensor], weight: Tensor) -> Tensor:
     one, two = past
     weight = weight.to(now.dtype)
     if now.ndim == 2:
-        return F.linear(torch.cat([two, one, now], 1), weight.transpose(1, 2).flatten(1))
+        return F.linear(torch.stack([two, one, now], 2).flatten(1), weight.flatten(1))
     if weight.ndim == 3 and weight.shape[1] == now.shape[1]:
         return F.conv2d(torch.cat([two, one, now], 1), weight.transpose(1, 2).flatten(1)[..., None, None])
     if _countable:
@@ -170,27 +170,32 @@ def clipwise_temporal_conv(x: Tensor, kernel: Tensor, n_segment: int) -> Tensor:
     return sum_taps(x * before, x * now, x * after, n_segment)
 
 
-def nine_sums(x: Tensor) -> Tensor:
+def nine_means(x: Tensor) -> Tensor:
     """Of maps ``(N, C, H, W)`` what the mean of any zero-padded 3x3 convolution depends on: ``(9, N, C)``.
 
-    The sums of everything, the last row, the first row, the last column, the first column, and the corners
+    The means over everything, the last row, the first row, the last column, the first column, and the corners
     last-last, first-last, last-first, first-first (row-column). In float32 at least. See
     :func:`coefficients`.
     """
+    corners = [x[:, :, i, j] for j in (-1, 0) for i in (-1, 0)]
+    if in_graph() and not _countable:  # a compiler's loop over a whole map would leave the cache
+        lines = x.mean(3, dtype=torch.promote_types(x.dtype, torch.float32))
+        ends = [x[..., j].mean(2, dtype=lines.dtype) for j in (-1, 0)]
+        return torch.stack([lines.mean(2), lines[..., -1], lines[..., 0], *ends, *corners])
     rows, columns = torch.cat([x[:, :, -1:], x[:, :, :1]]), torch.cat([x[..., -1:], x[..., :1]])
-    parts = [spatial_sum(x), spatial_sum(rows), spatial_sum(columns), rows[:, :, 0, -1], rows[:, :, 0, 0]]
+    parts = [spatial_mean(x), spatial_mean(rows), spatial_mean(columns), *corners]
     return torch.cat(parts).view(9, *x.shape[:2])
 
 
 def nine_parts(x: Tensor) -> list[Tensor]:
-    """The views of ``x`` that :func:`nine_sums` adds up."""
+    """The views of ``x`` that :func:`nine_means` takes the means of."""
     rows = [x[:, :, -1:], x[:, :, :1]]
     columns = [x[..., -1:], x[..., :1]]
     return [x, *rows, *columns, *[row[..., at] for at in (slice(-1, None), slice(1)) for row in rows]]
 
 
 def nine_counts(height: int, width: int) -> list[int]:
-    """How many positions each of the :func:`nine_sums` adds up."""
+    """Of how many positions each of the :func:`nine_means` is the mean."""
     return [height * width, width, width, height, height, 1, 1, 1, 1]
 
 
@@ -201,27 +206,24 @@ _CORNERS = [(_LAST, _LAST), (_FIRST, _LAST), (_LAST, _FIRST), (_FIRST, _FIRST)]
 _SIGNS = [[i * j for i in row for j in column] for row, column in _LINES + _CORNERS]
 
 
-def coefficients(kernel: Tensor) -> Tensor:
-    """``(C, 1, 3, 3)`` to ``(9, C)``: ``sum(kernel * x) = (coefficients * nine_sums(x)).sum(0)``, exactly.
+def coefficients(kernel: Tensor, height: int, width: int) -> Tensor:
+    """``(C, 1, 3, 3)`` to ``(9, C)``: ``mean(kernel * x) = (coefficients * nine_means(x)).sum(0)``, exactly.
 
     ``kernel * x`` is the depthwise convolution, zero-padded. Its tap ``(ky, kx)`` meets every position but
     the last row where ``ky = 0``, the first row where ``ky = 2``, columns likewise. So everything counts as
     often as the kernel has weight, an outer row or column is taken off again with the weight of the taps
     that miss it, and a corner given back where that took it off twice.
     """
-    return kernel.new_tensor(_SIGNS) @ kernel.flatten(1).T
+    shares = [count / (height * width) for count in nine_counts(height, width)]
+    taps = [[sign * share for sign in signs] for signs, share in zip(_SIGNS, shares, strict=True)]
+    return kernel.new_tensor(taps) @ kernel.flatten(1).T
 
 
-def spatial_sum(x: Tensor, out: Tensor | None = None) -> Tensor:
-    """``x.sum((-2, -1))`` of ``(..., H, W)``, in float32 at least."""
-    if _countable:
-        return F.adaptive_avg_pool2d(x, 1)[..., 0, 0] * (x.shape[-2] * x.shape[-1])
-    return torch.sum(x, (-2, -1), dtype=torch.promote_types(x.dtype, torch.float32), out=out)
-
-
-def spatial_mean(x: Tensor) -> Tensor:
+def spatial_mean(x: Tensor, out: Tensor | None = None) -> Tensor:
     """``x.mean((-2, -1))`` of ``(..., H, W)``, in float32 at least."""
-    return spatial_sum(x) / (x.shape[-2] * x.shape[-1])
+    if _countable:
+        return F.adaptive_avg_pool2d(x, 1)[..., 0, 0]
+    return torch.mean(x, (-2, -1), dtype=torch.promote_types(x.dtype, torch.float32), out=out)
 
 
 def channel_mean(x: Tensor) -> Tensor:

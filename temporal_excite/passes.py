@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from . import ops, past
-from .ops import following, in_graph, nine_parts, previous, spatial_sum, to_clips
+from .ops import following, in_graph, nine_counts, nine_parts, previous, spatial_mean, to_clips
 
 # bytes a pass works on at a time: smaller ones cost more calls than they spare traffic beyond the cache
 _BLOCK = 4 << 20
@@ -130,32 +130,39 @@ def _steps(offset: int) -> Iterator[tuple[int, int]]:
     return ((k, k - 1 + offset) for k in range(3))
 
 
-def nine_sums(x: Tensor) -> Tensor:
-    """:func:`~temporal_excite.ops.nine_sums`."""
+def nine_means(x: Tensor) -> Tensor:
+    """:func:`~temporal_excite.ops.nine_means`."""
     if in_graph():
-        return ops.nine_sums(x)
-    result: Tensor = _NineSums.apply(x)
-    return result
+        return ops.nine_means(x)
+    if torch.is_grad_enabled() and x.requires_grad:
+        result: Tensor = _NineMeans.apply(x)
+        return result
+    return _nine_means(x)
 
 
-class _NineSums(torch.autograd.Function):
+def _nine_means(x: Tensor) -> Tensor:
+    if x.numel() < _FEW:
+        return ops.nine_means(x)
+    means = x.new_empty((9, *x.shape[:2]), dtype=torch.promote_types(x.dtype, torch.float32))
+    for part, out in zip(nine_parts(x), means, strict=True):
+        if part.shape[2:] == (1, 1):
+            out.copy_(part[..., 0, 0])
+        else:
+            spatial_mean(part, out=out)
+    return means
+
+
+class _NineMeans(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.shape, ctx.dtype = x.shape, x.dtype
         ctx.layout = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
-        if x.numel() < _FEW:
-            return ops.nine_sums(x)
-        sums = x.new_empty((9, *x.shape[:2]), dtype=torch.promote_types(x.dtype, torch.float32))
-        for part, out in zip(nine_parts(x), sums, strict=True):
-            if part.shape[2:] == (1, 1):
-                out.copy_(part[..., 0, 0])
-            else:
-                spatial_sum(part, out=out)
-        return sums
+        return _nine_means(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        total, *parts = grad.to(ctx.dtype)[..., None, None]
+        counts = grad.new_tensor(nine_counts(*ctx.shape[2:]))[:, None, None]
+        total, *parts = (grad / counts).to(ctx.dtype)[..., None, None]
         full = total.expand(ctx.shape).clone(memory_format=ctx.layout)
         for view, part in zip(nine_parts(full)[1:], parts, strict=True):
             view += part
@@ -186,12 +193,14 @@ def _gate(y: Tensor, channel: Tensor, pixel: Tensor, out: Tensor | None) -> Tens
     if out is None or not (last_layout or out.is_contiguous()):
         layout = torch.channels_last if last_layout else torch.contiguous_format
         out = torch.empty_like(y, memory_format=layout)
+    step = _frames_per_block(y)
+    if step >= len(y):
+        return torch.mul(y, torch.add(channel, pixel, out=torch.empty_like(out)), out=out)
     if last_layout:
         views = [t.permute(0, 2, 3, 1).flatten(1, 2) for t in (y, out, channel, pixel)]
     else:
         views = [t.flatten(2) for t in (y, out, channel, pixel)]
     source, target, channel, pixel = views
-    step = _frames_per_block(source)
     both = torch.empty_like(source[:step])
     for first in range(0, len(source), step):
         frames = slice(first, first + step)

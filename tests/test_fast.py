@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import temporal_excite as te
-from temporal_excite.ops import coefficients, nine_sums
+from temporal_excite.ops import coefficients, nine_means
 
 MODULES = {
     "action": te.ActionModule,
@@ -103,11 +103,11 @@ def test_large_maps_are_cut_into_blocks():
 
 
 @pytest.mark.parametrize("height, width", [(1, 1), (1, 4), (5, 1), (2, 2), (4, 7)])
-def test_nine_sums_tell_the_mean_of_a_convolution(height, width):
+def test_nine_means_tell_the_mean_of_a_convolution(height, width):
     x = torch.randn(2, 3, height, width, dtype=torch.float64)
     kernel = torch.randn(3, 1, 3, 3, dtype=torch.float64)
-    expected = torch.nn.functional.conv2d(x, kernel, padding=1, groups=3).sum((-2, -1))
-    found = (coefficients(kernel)[:, None] * nine_sums(x)).sum(0)
+    expected = torch.nn.functional.conv2d(x, kernel, padding=1, groups=3).mean((-2, -1))
+    found = (coefficients(kernel, height, width)[:, None] * nine_means(x)).sum(0)
     assert torch.allclose(found, expected, rtol=1e-13, atol=1e-13)
 
 

@@ -21,7 +21,6 @@ from ..ops import (
     following,
     full_precision,
     in_graph,
-    nine_counts,
     pointwise,
     positive_int,
     previous,
@@ -196,11 +195,11 @@ class ME(Excitation):
     def motion(self, x: Tensor) -> Tensor:
         """The pooled motion F, ``(N*T, squeezed)``."""
         if self.fast and self.linear:
-            return self.motion_of_sums(passes.nine_sums(x), *x.shape[2:])
+            return self.motion_of_means(passes.nine_means(x), *x.shape[2:])
         features = self.norm(self.squeeze(x))
         if self.fast and type(self.transform) is nn.Conv2d:
             with full_precision(x):
-                return self._motion_of_features(passes.nine_sums(features), *x.shape[2:])
+                return self._motion_of_features(passes.nine_means(features), *x.shape[2:])
         if self.causal:
             pooled = (F.adaptive_avg_pool2d(f, 1).flatten(1) for f in (self.transform(features), features))
             return self._difference(*pooled)
@@ -216,21 +215,19 @@ class ME(Excitation):
             and (isinstance(self.norm, nn.Identity) or _is_affine(self.norm))
         )
 
-    def motion_of_sums(self, sums: Tensor, height: int, width: int) -> Tensor:
-        """The pooled motion F of frames of that size whose :func:`~.ops.nine_sums` are ``sums``."""
-        with full_precision(sums):
+    def motion_of_means(self, means: Tensor, height: int, width: int) -> Tensor:
+        """The pooled motion F of frames of that size whose :func:`~.ops.nine_means` are ``means``."""
+        with full_precision(means):
             # a mean over any positions passes the squeeze and the norm like a pixel
-            counts = sums.new_tensor(nine_counts(height, width))[:, None, None]
-            features = F.linear(sums / counts, self.squeeze.weight.flatten(1).to(sums.dtype))
+            features = F.linear(means.flatten(0, 1), self.squeeze.weight.flatten(1).to(means.dtype))
             if not isinstance(self.norm, nn.Identity):
-                features = _normalise(self.norm, features.flatten(0, 1)).view_as(features)
-            return self._motion_of_features(features * counts, height, width)
+                features = _normalise(self.norm, features)
+            return self._motion_of_features(features.view(*means.shape[:2], -1), height, width)
 
-    def _motion_of_features(self, sums: Tensor, height: int, width: int) -> Tensor:
-        """The pooled motion F from the nine sums of f, ``(9, N*T, squeezed)``."""
-        sums = sums / (height * width)
-        weights = coefficients(self.transform.weight.to(sums.dtype))
-        return self._difference((weights[:, None] * sums).sum(0), sums[0])
+    def _motion_of_features(self, means: Tensor, height: int, width: int) -> Tensor:
+        """The pooled motion F from the nine means of f, ``(9, N*T, squeezed)``."""
+        weights = coefficients(self.transform.weight.to(means.dtype), height, width)
+        return self._difference((weights[:, None] * means).sum(0), means[0])
 
     def _difference(self, transformed: Tensor, mean: Tensor) -> Tensor:
         """F from the means over the map of ``K * f`` and ``f``, ``(N*T, squeezed)``."""
@@ -315,20 +312,21 @@ class ActionModule(TemporalModule):
         y = self.shift(x)
         channel = self._channel_gates(y)
         pixel = [self.ste.gate(y)] if "ste" in self.paths else []
+        first, *rest = [sum(gates[1:], gates[0]) for gates in (channel, pixel) if gates]
         n = len(self.paths)
-        # ... * (n + sum), or * (1 + mean of (2 gate - 1)) = * (2 / n * sum)
-        factor, constant = (2 / n, 0) if self.identity_start else (1, n)
-        first, *rest = [sum(gates[1:], gates[0]) * factor for gates in (channel, pixel) if gates]
-        return passes.gate(y, first + constant, *rest, reuse=y is not x)
+        if self.identity_start:  # y * (1 + mean of (2 gate - 1)) = y * (2 / n * sum)
+            first, *rest = [total * (2 / n) for total in (first, *rest)]
+        else:
+            first = first + n
+        return passes.gate(y, first, *rest, reuse=y is not x)
 
     def _channel_gates(self, y: Tensor) -> list[Tensor]:
-        """The masks of CE and ME, from the same sums where ME needs no more."""
+        """The masks of CE and ME, from the same means where ME needs no more."""
         if "me" in self.paths and self.me.fast and self.me.linear:
-            height, width = y.shape[2:]
-            sums = passes.nine_sums(y)
-            gates = [self.me.gate_of_motion(self.me.motion_of_sums(sums, height, width))]
+            means = passes.nine_means(y)
+            gates = [self.me.gate_of_motion(self.me.motion_of_means(means, *y.shape[2:]))]
             if "ce" in self.paths:
-                gates.append(self.ce.gate_of_mean(sums[0] / (height * width)))
+                gates.append(self.ce.gate_of_mean(means[0]))
             return gates
         return [getattr(self, path).gate(y) for path in ("ce", "me") if path in self.paths]
 
