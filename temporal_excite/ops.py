@@ -177,13 +177,13 @@ def nine_means(x: Tensor) -> Tensor:
     last-last, first-last, last-first, first-first (row-column). In float32 at least. See
     :func:`coefficients`.
     """
-    corners = [x[:, :, i, j] for j in (-1, 0) for i in (-1, 0)]
     if in_graph() and not _countable:  # a compiler's loop over a whole map would leave the cache
+        corners = [x[:, :, i, j] for j in (-1, 0) for i in (-1, 0)]
         lines = x.mean(3, dtype=torch.promote_types(x.dtype, torch.float32))
         ends = [x[..., j].mean(2, dtype=lines.dtype) for j in (-1, 0)]
         return torch.stack([lines.mean(2), lines[..., -1], lines[..., 0], *ends, *corners])
     rows, columns = torch.cat([x[:, :, -1:], x[:, :, :1]]), torch.cat([x[..., -1:], x[..., :1]])
-    parts = [spatial_mean(x), spatial_mean(rows), spatial_mean(columns), *corners]
+    parts = [spatial_mean(x), spatial_mean(rows), spatial_mean(columns), rows[:, :, 0, -1], rows[:, :, 0, 0]]
     return torch.cat(parts).view(9, *x.shape[:2])
 
 
