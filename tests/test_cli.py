@@ -66,6 +66,13 @@ def test_train_writes_checkpoints_and_log(trained):
     assert len(read_log(trained, "epoch")) == 3
 
 
+def test_from_scratch_the_last_layer_starts_large_enough_to_learn(data, tmp_path):
+    arguments = ["train", "--recipe", "jester", "--data", str(data), "--format", "folder", "--epochs", "1"]
+    assert main([*arguments, "--output", str(tmp_path / "run"), "--lr", "1e-9", *SMALL]) == 0
+    weights = read_checkpoint(tmp_path / "run" / "last.pt")["state_dict"]
+    assert 0.03 < float(weights["model.fc.weight"].std()) < 0.07
+
+
 def test_resume_of_a_finished_run_changes_nothing(trained, data):
     before = (trained / "last.pt").read_bytes()
     arguments = ["train", "--recipe", "jester", "--data", str(data), "--format", "folder", "--epochs", "3"]

@@ -113,6 +113,8 @@ def run(args: argparse.Namespace) -> int:
     config = replace(config, mean=mean, std=std)
     if args.init is not None:
         load_initial(model, args.init)
+    elif not args.pretrained:  # the default is for pretrained features, and learns slowly from none
+        model.reset_head(config.num_classes, std=0.05)
     options = RunOptions(
         **{name: value for name, value in vars(args).items() if name in RunOptions.__dataclass_fields__}
     )
