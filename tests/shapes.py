@@ -15,7 +15,7 @@ SAME = {
         *(F.batch_norm, F.layer_norm, F.group_norm, F.relu, F.relu6, F.silu, F.gelu, F.mish, F.leaky_relu),
         *(F.hardswish, F.hardsigmoid, F.hardtanh, F.dropout, F.normalize, torch.relu),
     )
-} | {"relu_", "sigmoid_", "mul_", "add_", "clamp_"}
+} | {"relu_", "sigmoid_", "mul_", "add_", "clamp_", "addcmul_", "__iadd__", "__imul__"}
 BINARY = {"add", "sub", "mul", "__add__", "__mul__", "__radd__", "__rmul__"}
 FILL = {"normal_", "uniform_", "fill_", "zero_", "erfinv_", "copy_"}
 
@@ -29,9 +29,16 @@ class ShapesOnly(TorchFunctionMode):
             return args[0] if args else kwargs["tensor"]
         if (name in SAME or name in FILL) and args and isinstance(args[0], Tensor):
             return args[0]
-        if name in BINARY and all(isinstance(a, Tensor) and a.shape == args[0].shape for a in args[:2]):
+        if name in BINARY and all(isinstance(a, Tensor) for a in args[:2]) and _spreads(*args[:2]):
             return args[0]
         return func(*args, **(kwargs or {}))
+
+
+def _spreads(a: Tensor, b: Tensor) -> bool:
+    """Whether ``b`` broadcasts to the shape of ``a``."""
+    return b.ndim <= a.ndim and all(
+        n in (1, m) for m, n in zip(reversed(a.shape), reversed(b.shape), strict=False)
+    )
 
 
 def meta_model(name: str, **kwargs: Any) -> nn.Module:
