@@ -6,6 +6,8 @@ imported only when it is called.
 
 import argparse
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -35,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return importlib.import_module(COMMANDS[args.command][0]).run(args) or 0
+    except BrokenPipeError:  # whoever reads the output has seen enough, as in "| head"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        return 128 + signal.SIGPIPE
     except (ValueError, TypeError, OSError, RuntimeError, ArithmeticError, ImportError) as error:
         if args.traceback:
             raise

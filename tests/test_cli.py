@@ -321,3 +321,13 @@ def test_python_m_and_unknown_command():
 def test_traceback_on_request(tmp_path):
     with pytest.raises(FileNotFoundError):
         main(["predict", str(tmp_path / "none.pt"), "x.mp4", "--traceback"])
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(monkeypatch, capfd):
+    def run(args):
+        raise BrokenPipeError
+
+    monkeypatch.setitem(sys.modules, "piped", SimpleNamespace(configure=lambda parser: None, run=run))
+    monkeypatch.setitem(COMMANDS, "piped", ("piped", "prints"))
+    assert main(["piped"]) == 141
+    assert capfd.readouterr().err == ""

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pickle
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -149,7 +150,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no checkpoint {path}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or foreign file makes of the unpickler
+    except pickle.UnpicklingError as error:  # whose text advises to read it with weights_only=False
+        raise CheckpointError(
+            f"{path} is no readable checkpoint: damaged, or more than tensors and plain values"
+        ) from error
+    except Exception as error:  # whatever else a damaged or foreign file makes of the unpickler
         raise CheckpointError(f"{path} is no readable checkpoint: {_first_line(error)}") from error
     if not isinstance(content, dict) or not {"format", "config", "state_dict"} <= set(content):
         raise CheckpointError(
