@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -427,6 +428,16 @@ def start(path: Path, folder: Path) -> subprocess.Popen:
     )
 
 
+def run_here(path: Path, folder: Path) -> None:
+    """The script in this process: another one would spend most of its time on imports."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(path), str(folder)])
+        patch.setattr(sys, "path", list(sys.path))
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(path), run_name="__main__")
+    assert end.value.code == 0
+
+
 def wait_for(folder: Path, steps: int, process: subprocess.Popen) -> None:
     """Until the log of a run has so many steps."""
     log = folder / "log.jsonl"
@@ -457,10 +468,7 @@ def test_a_killed_run_goes_on_bit_equal(tmp_path, how, workers):
         with (killed / "log.jsonl").open("a") as log:
             log.write('{"kind": "st')  # cut off in the middle of a line
     for folder in (killed, whole):
-        done = subprocess.run(
-            [sys.executable, fast, folder], env=environment(), stderr=subprocess.PIPE, text=True
-        )
-        assert done.returncode == 0, done.stderr
+        run_here(fast, folder)
     assert len(read_log(whole, "step")) == 15
     same_run(whole, killed)
 
@@ -470,9 +478,11 @@ def test_two_processes_are_one(tmp_path):
     path = script(tmp_path, "both.py", batch_norm="frozen", dropout=0.0)
     one, two = tmp_path / "one", tmp_path / "two"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    for command in ([sys.executable, path, one], [*launch, path, two]):
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
+    run_here(path, one)
+    done = subprocess.run(
+        [*launch, path, two], env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
     lines = [read_log(folder) for folder in (one, two)]
     assert len(lines[0]) == len(lines[1]) == 18
     for a, b in zip(*lines, strict=True):
