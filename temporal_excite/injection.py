@@ -324,6 +324,8 @@ def eject(model: Model) -> Model:
             delattr(module, CHILD)
         if module.__dict__.get("fuse") is _refuse_fuse:
             del module.fuse
+        if isinstance(module._modules, _Children):
+            module.__dict__["_modules"] = type(nn.Module()._modules)(module._modules)
     _forget_compiled()
     return model
 
@@ -513,10 +515,17 @@ def _attach(model: nn.Module, insertion: Insertion) -> None:
     if isinstance(layer, _BatchNorm) and path:
         block.module.register_forward_pre_hook(_Watch(path))
     below = model
+    below.__dict__["_modules"] = _Children(below._modules)
     for part in filter(None, f"{block.name}.{path}".split(".")):
         below = getattr(below, part)
+        below.__dict__["_modules"] = _Children(below._modules)
         if hasattr(below, "fuse"):
             below.__dict__["fuse"] = _refuse_fuse
+
+
+class _Children(dict[str, nn.Module | None]):
+    """The children of a module on the way to a site. Dynamo guards on the type of this dict, not on hooks: a
+    plain network, compiled first, would lend its graph to one with modules."""
 
 
 def _hooks(layer: nn.Module) -> list[Callable[..., Any]]:

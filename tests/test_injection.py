@@ -255,6 +255,19 @@ def test_injecting_into_a_compiled_model_counts():
     torch.testing.assert_close(compiled(x), before)
 
 
+@pytest.mark.parametrize("part", ["", "layer1", "layer1.1"])
+def test_networks_of_one_class_compile_apart(part):
+    plain = build()
+    model = te.inject(copy.deepcopy(plain), "tsm", n_segment=T, every=1)
+    restored = te.eject(copy.deepcopy(model))
+    x = frames() if not part else torch.randn(T, 64, 8, 8)
+    parts = [network.get_submodule(part) for network in (plain, model, restored, copy.deepcopy(model))]
+    assert not torch.allclose(parts[0](x), parts[1](x), rtol=1e-3)
+    for network in parts + parts[::-1]:
+        compiled = torch.compile(network, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x), network(x))
+
+
 BAD = [
     (dict(module="acton"), ValueError, "unknown module 'acton'; known modules: action, ce, me"),
     (dict(module=3), TypeError, "got 3"),
