@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from timm.models import FeatureListNet
 from torch import nn
 
 PLACEMENTS = ("loc1", "loc2", "loc3", "loc4")
@@ -259,9 +260,11 @@ def find_blocks(model: nn.Module) -> list[Block]:
         if inside is not None and name.startswith(inside):
             continue
         host = plain_host if id(module) in plain else host_of(module)
+        if host is None and _is_flat(module):
+            host = _VGG
         if host is None:
             continue
-        if host.each and id(module) not in plain:
+        if host.each is not None and id(module) not in plain:
             convs = [m for m in module.get_submodule(host.each).modules() if isinstance(m, nn.Conv2d)]
             plain, plain_host = {id(m) for m in convs[1:]}, host
             continue
@@ -269,6 +272,16 @@ def find_blocks(model: nn.Module) -> list[Block]:
         blocks.append(Block(name, module, host, stage))
         inside = f"{name}." if name else ""
     return blocks
+
+
+_VGG = Host("pre:", each="")
+
+
+def _is_flat(module: nn.Module) -> bool:
+    """Whether this is a plain network as timm's ``features_only`` leaves it: layers, without its class."""
+    if not isinstance(module, FeatureListNet):
+        return False
+    return all(next(layer.children(), None) is None for layer in module.children())
 
 
 def _stage_ends(model: nn.Module, names: list[str]) -> Iterator[tuple[int, int, int]]:
@@ -283,7 +296,9 @@ def _stage_ends(model: nn.Module, names: list[str]) -> Iterator[tuple[int, int, 
         entries = [entry["module"] for entry in info]
         start = names.index(root)
         for number, entry in enumerate(entries, start=6 - len(entries)):
-            below = [i for i, n in enumerate(names) if (n + ".").startswith(prefix + entry + ".")]
+            either = entry, entry.replace(".", "_", 1)  # the second as features_only names it
+            starts = tuple(f"{prefix}{e}." for e in either)
+            below = [i for i, n in enumerate(names) if (n + ".").startswith(starts)]
             if below:
                 yield number, start, below[-1]
 
