@@ -44,7 +44,6 @@ TAIL = """
   timm freezes such a block's parameters, the module's among them.
 - A module after a batch norm (`out:bn3` and the like, mostly loc4): convert to SyncBatchNorm before injecting. Converting
   afterwards makes a new layer without the module; the next forward raises.
-- VGG with `features_only=True` loses its class: inject first, then wrap in `FeatureListNet`.
 - `torch.jit.script` does not take networks with Python hooks; `torch.compile` and `torch.export` do.
 """
 
