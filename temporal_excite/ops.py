@@ -1,6 +1,6 @@
 """The tensor functions temporal modules share. Frames come as ``(N*T, C, H, W)``, clip after clip."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _countable = False
-_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: True)  # since torch 2.7
 
 
 @contextmanager
@@ -69,32 +68,21 @@ def to_clips(x: Tensor, n_segment: int) -> Tensor:
 
 def previous(frames: Tensor, n_segment: int, steps: int = 1) -> Tensor:
     """Frames moved so that frame t of a clip holds frame t - ``steps``; the first ones are zero."""
-    if for_compiler():
-        early = to_clips(frames, n_segment)[:, : max(0, n_segment - steps)]
-        return _padded(early, n_segment - early.shape[1], 0)
-    return _zeroed(torch.cat([frames[-steps:], frames[:-steps]]), n_segment, range(min(steps, n_segment)))
+    moved = torch.empty_like(frames)
+    moved[steps:] = frames[:-steps]  # which a compiler fuses, other than a concatenation
+    return _zeroed(moved, n_segment, range(min(steps, n_segment)))
 
 
 def following(frames: Tensor, n_segment: int) -> Tensor:
     """Frames moved so that frame t of a clip holds frame t+1; the last frame is zero."""
-    if for_compiler():
-        return _padded(to_clips(frames, n_segment)[:, 1:], 0, 1)
-    return _zeroed(torch.cat([frames[1:], frames[:1]]), n_segment, [n_segment - 1])
+    moved = torch.empty_like(frames)
+    moved[:-1] = frames[1:]
+    return _zeroed(moved, n_segment, [n_segment - 1])
 
 
 def first_zeroed(frames: Tensor, n_segment: int) -> Tensor:
     """Frames, the first one of each clip zero."""
     return _zeroed(frames.clone(), n_segment, [0])
-
-
-def for_compiler() -> bool:
-    """Whether a compiler, not an exporter, records the calls: it turns paddings into bounds of its loops."""
-    return torch.compiler.is_compiling() and not _is_exporting()
-
-
-def _padded(clips: Tensor, before: int, after: int) -> Tensor:
-    """``(N, T, ...)`` with so many zero frames more, as frames."""
-    return F.pad(clips, [*[0, 0] * (clips.ndim - 2), before, after]).flatten(0, 1)
 
 
 def _zeroed(frames: Tensor, n_segment: int, positions: Sequence[int]) -> Tensor:
@@ -103,8 +91,8 @@ def _zeroed(frames: Tensor, n_segment: int, positions: Sequence[int]) -> Tensor:
         for at in positions:
             frames[at::n_segment] = 0
         return frames
-    # No view by clips: an exporter keeps the batch one symbol, where each round of splitting and joining
-    # it would multiply the expression for it
+    # No view by clips, no slice with a step: with a symbolic batch each round of splitting and joining it
+    # would make the expression for it longer, and a slice would ask whether there is but one clip
     position = torch.arange(frames.shape[0], device=frames.device) % n_segment
     vacant = (position >= positions[0]) & (position <= positions[-1])
     return frames.masked_fill_(vacant.view(-1, *[1] * (frames.ndim - 1)), 0)

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from . import ops, past
-from .ops import following, for_compiler, in_graph, nine_counts, nine_parts, previous, spatial_mean, to_clips
+from .ops import following, in_graph, nine_counts, nine_parts, previous, spatial_mean, to_clips
 
 # bytes a pass works on at a time: smaller ones cost more calls than they spare traffic beyond the cache
 _BLOCK = 4 << 20
@@ -235,10 +235,6 @@ class _Gate(torch.autograd.Function):
 
 def part_shift(x: Tensor, ahead: int, behind: int, n_segment: int) -> Tensor:
     """Channels ``[0, ahead)`` from the next frame, ``behind`` more from the previous, zeros at the ends."""
-    if for_compiler():  # which writes each part of a concatenation in a loop of its own
-        channel = torch.arange(x.shape[1], device=x.device).view(-1, 1, 1)
-        moved = torch.where(channel < ahead, following(x, n_segment), previous(x, n_segment))
-        return torch.where(channel < ahead + behind, moved, x)
     if in_graph():
         to_past, to_future, rest = x.tensor_split((ahead, ahead + behind), dim=1)
         return torch.cat([following(to_past, n_segment), previous(to_future, n_segment), rest], dim=1)

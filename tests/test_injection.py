@@ -244,6 +244,22 @@ def test_compile_and_export(module):
         torch.testing.assert_close(exported(x), model(x))
 
 
+@pytest.mark.parametrize("module", ["action", "tsm"])
+def test_compiled_once_for_every_number_of_clips(module):
+    graphs = []
+    model = te.inject(build(), module, n_segment=T).double()
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=True)
+    for clips in (2, 3, 5):
+        x = frames(clips).double()
+        torch.testing.assert_close(compiled(x), model(x))
+    assert len(graphs) == 1
+
+
 def test_injecting_into_a_compiled_model_counts():
     model, x = build(), frames()
     compiled = torch.compile(model, backend="eager")

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from timm.models import FeatureListNet
 from torch import nn
 
 PLACEMENTS = ("loc1", "loc2", "loc3", "loc4")
@@ -279,7 +278,7 @@ _VGG = Host("pre:", each="")
 
 def _is_flat(module: nn.Module) -> bool:
     """Whether this is a plain network as timm's ``features_only`` leaves it: layers, without its class."""
-    if not isinstance(module, FeatureListNet):
+    if not any(_path(cls) == "timm.models._features.FeatureListNet" for cls in type(module).__mro__):
         return False
     return all(next(layer.children(), None) is None for layer in module.children())
 
