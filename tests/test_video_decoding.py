@@ -14,7 +14,7 @@ from video_clips import (
     write_video,
 )
 
-from temporal_excite.video import FrameCountError, VideoError, open_frames, read_frames
+from temporal_excite.video import FrameCountError, VideoError, decoding, open_frames, read_frames
 from temporal_excite.video.decoding import VideoFile
 
 UNEVEN = [sum([1, 4, 9, 2, 30][k % 5] for k in range(i)) for i in range(40)]  # variable frame rate
@@ -74,8 +74,8 @@ def test_only_frames_near_the_sample_are_decoded(tmp_path, monkeypatch):
     path = write_video(tmp_path / "v.mp4", frames=100, options={"g": "10", "bf": "0"})
     with VideoFile(path) as video:
         converted = []
-        plain = video._rgb
-        monkeypatch.setattr(video, "_rgb", lambda frame: (converted.append(frame.pts), plain(frame))[1])
+        plain = decoding.to_rgb
+        monkeypatch.setattr(decoding, "to_rgb", lambda f, by: (converted.append(f.pts), plain(f, by))[1])
         fed = []
         demux = video._container.demux
 
