@@ -242,6 +242,20 @@ def pointwise(conv: nn.Module, x: Tensor) -> Tensor:
     return conv(x[..., None, None]).flatten(1)  # quantised, adapted or otherwise replaced
 
 
+def squeeze(conv: nn.Module, x: Tensor) -> Tensor:
+    """A 1x1 convolution to few channels of maps ``(N, C, H, W)``.
+
+    On a CPU the gradient of PyTorch's, of contiguous maps, goes through two copies of ``x``; here each frame
+    is a matrix product.
+    """
+    if type(conv) is not nn.Conv2d or conv.bias is not None or in_graph() or _countable:
+        return conv(x)
+    if x.device.type != "cpu" or not x.is_contiguous():
+        return conv(x)
+    weight = conv.weight.flatten(1).expand(len(x), -1, -1)
+    return torch.bmm(weight, x.flatten(2)).unflatten(2, x.shape[2:])
+
+
 def full_precision(x: Tensor) -> AbstractContextManager:
     """No autocast on the device of ``x``: for operations on pooled values, where rounding would show."""
     kind = x.device.type

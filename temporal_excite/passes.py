@@ -177,18 +177,18 @@ def gate(y: Tensor, channel: Tensor, pixel: Tensor | None = None, *, reuse: bool
     """
     gates = [g for g in (channel, pixel) if g is not None]
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (y, *gates))
-    if pixel is None:
-        channel = channel.to(y.dtype)
-        return y.mul_(channel) if reuse and not needs_grad and not in_graph() else y * channel
     if in_graph():
-        return y * (channel + pixel).to(y.dtype)
+        return y * sum(gates[1:], gates[0]).to(y.dtype)
     if needs_grad:
         result: Tensor = _Gate.apply(y, channel, pixel)
         return result
     return _gate(y, channel, pixel, y if reuse else None)
 
 
-def _gate(y: Tensor, channel: Tensor, pixel: Tensor, out: Tensor | None) -> Tensor:
+def _gate(y: Tensor, channel: Tensor, pixel: Tensor | None, out: Tensor | None) -> Tensor:
+    if pixel is None:
+        channel = channel.to(y.dtype)
+        return y * channel if out is None else out.mul_(channel)
     last_layout = _is_channels_last(y)
     if out is None or not (last_layout or out.is_contiguous()):
         layout = torch.channels_last if last_layout else torch.contiguous_format
@@ -211,26 +211,28 @@ def _gate(y: Tensor, channel: Tensor, pixel: Tensor, out: Tensor | None) -> Tens
 
 class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, channel: Tensor, pixel: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, channel: Tensor, pixel: Tensor | None) -> Tensor:
         ctx.save_for_backward(y, channel, pixel)
         return _gate(y, channel, pixel, None)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        y, channel, pixel = ctx.saved_tensors
-        grad_y = gate(grad, channel, pixel)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        y, *gates = ctx.saved_tensors
+        grad_y = gate(grad, *gates)
+        gates = [g for g in gates if g is not None]
+        dims = [[d for d in (1, 2, 3) if g.shape[d] == 1] for g in gates]  # a gate is broadcast over
         if torch.is_grad_enabled():  # a graph of the gradient is wanted
             product = grad * y
-            return grad_y, product.sum((2, 3), keepdim=True), product.sum(1, keepdim=True)
-        grad_channel, grad_pixel = torch.empty_like(channel), torch.empty_like(pixel)
+            return grad_y, *(product.sum(d, keepdim=True) for d in dims)
+        grads = [torch.empty_like(g) for g in gates]
         step = _frames_per_block(y)
         products = torch.empty_like(y[:step])
         for first in range(0, len(y), step):
             frames = slice(first, first + step)
             product = torch.mul(grad[frames], y[frames], out=products[: len(y) - first])
-            torch.sum(product, (2, 3), keepdim=True, dtype=channel.dtype, out=grad_channel[frames])
-            torch.sum(product, 1, keepdim=True, dtype=pixel.dtype, out=grad_pixel[frames])
-        return grad_y, grad_channel, grad_pixel
+            for d, out in zip(dims, grads, strict=True):
+                torch.sum(product, d, keepdim=True, dtype=out.dtype, out=out[frames])
+        return grad_y, *grads, *[None] * (2 - len(grads))
 
 
 def part_shift(x: Tensor, ahead: int, behind: int, n_segment: int) -> Tensor:

@@ -25,6 +25,7 @@ from ..ops import (
     positive_int,
     previous,
     spatial_mean,
+    squeeze,
     temporal_conv,
     to_clips,
 )
@@ -196,7 +197,7 @@ class ME(Excitation):
         """The pooled motion F, ``(N*T, squeezed)``."""
         if self.fast and self.linear:
             return self.motion_of_means(passes.nine_means(x), *x.shape[2:])
-        features = self.norm(self.squeeze(x))
+        features = self.norm(squeeze(self.squeeze, x) if self.fast else self.squeeze(x))
         if self.fast and type(self.transform) is nn.Conv2d:
             with full_precision(x):
                 return self._motion_of_features(passes.nine_means(features), *x.shape[2:])

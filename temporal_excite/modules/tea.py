@@ -59,8 +59,8 @@ class MotionExcitation(ME):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
-        gate = passes.recompute(self.gate, x, self) if self.fast else self.gate(x)
-        return x * (1 + gate if self.residual else gate).to(x.dtype)
+        gate = 1 + self.gate(x) if self.residual else self.gate(x)
+        return passes.gate(x, gate) if self.fast else x * gate.to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, residual={self.residual}, form={self.form!r}"
