@@ -169,57 +169,54 @@ class _NineMeans(torch.autograd.Function):
         return full
 
 
-def gate(y: Tensor, channel: Tensor, pixel: Tensor | None = None, *, reuse: bool = False) -> Tensor:
-    """``y * (channel + pixel)`` with ``channel`` ``(N*T, C, 1, 1)`` and ``pixel`` ``(N*T, 1, H, W)``.
+def gate(y: Tensor, *gates: Tensor, reuse: bool = False) -> Tensor:
+    """``y * sum(gates)`` with one gate, ``(N*T, C, 1, 1)`` or ``(N*T, 1, H, W)``, or one of each.
 
-    Without ``pixel`` the first may be either. ``reuse`` allows the result in the memory of ``y`` where
-    no gradient is needed.
+    ``reuse`` allows the result in the memory of ``y`` where no gradient is needed.
     """
-    gates = [g for g in (channel, pixel) if g is not None]
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (y, *gates))
     if in_graph():
         return y * sum(gates[1:], gates[0]).to(y.dtype)
     if needs_grad:
-        result: Tensor = _Gate.apply(y, channel, pixel)
+        result: Tensor = _Gate.apply(y, *gates)
         return result
-    return _gate(y, channel, pixel, y if reuse else None)
+    return _gate(y, gates, y if reuse else None)
 
 
-def _gate(y: Tensor, channel: Tensor, pixel: Tensor | None, out: Tensor | None) -> Tensor:
-    if pixel is None:
-        channel = channel.to(y.dtype)
-        return y * channel if out is None else out.mul_(channel)
+def _gate(y: Tensor, gates: tuple[Tensor, ...], out: Tensor | None) -> Tensor:
+    if len(gates) == 1:
+        factor = gates[0].to(y.dtype)
+        return y * factor if out is None else out.mul_(factor)
     last_layout = _is_channels_last(y)
     if out is None or not (last_layout or out.is_contiguous()):
         layout = torch.channels_last if last_layout else torch.contiguous_format
         out = torch.empty_like(y, memory_format=layout)
     step = _frames_per_block(y)
     if step >= len(y):
-        return torch.mul(y, torch.add(channel, pixel, out=torch.empty_like(out)), out=out)
+        return torch.mul(y, torch.add(*gates, out=torch.empty_like(out)), out=out)
     if last_layout:
-        views = [t.permute(0, 2, 3, 1).flatten(1, 2) for t in (y, out, channel, pixel)]
+        views = [t.permute(0, 2, 3, 1).flatten(1, 2) for t in (y, out, *gates)]
     else:
-        views = [t.flatten(2) for t in (y, out, channel, pixel)]
-    source, target, channel, pixel = views
+        views = [t.flatten(2) for t in (y, out, *gates)]
+    source, target, first_gate, second_gate = views
     both = torch.empty_like(source[:step])
     for first in range(0, len(source), step):
         frames = slice(first, first + step)
-        total = torch.add(channel[frames], pixel[frames], out=both[: len(source) - first])
+        total = torch.add(first_gate[frames], second_gate[frames], out=both[: len(source) - first])
         torch.mul(source[frames], total, out=target[frames])
     return out
 
 
 class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, channel: Tensor, pixel: Tensor | None) -> Tensor:
-        ctx.save_for_backward(y, channel, pixel)
-        return _gate(y, channel, pixel, None)
+    def forward(ctx: Any, y: Tensor, *gates: Tensor) -> Tensor:
+        ctx.save_for_backward(y, *gates)
+        return _gate(y, gates, None)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         y, *gates = ctx.saved_tensors
         grad_y = gate(grad, *gates)
-        gates = [g for g in gates if g is not None]
         dims = [[d for d in (1, 2, 3) if g.shape[d] == 1] for g in gates]  # a gate is broadcast over
         if torch.is_grad_enabled():  # a graph of the gradient is wanted
             product = grad * y
@@ -232,7 +229,7 @@ class _Gate(torch.autograd.Function):
             product = torch.mul(grad[frames], y[frames], out=products[: len(y) - first])
             for d, out in zip(dims, grads, strict=True):
                 torch.sum(product, d, keepdim=True, dtype=out.dtype, out=out[frames])
-        return grad_y, *grads, *[None] * (2 - len(grads))
+        return grad_y, *grads
 
 
 def part_shift(x: Tensor, ahead: int, behind: int, n_segment: int) -> Tensor:

@@ -163,9 +163,10 @@ def test_running_statistics_move_once_a_step():
         assert torch.equal(value, after_forward[key])
 
 
-def test_second_derivatives():
+@pytest.mark.parametrize("name", ["action", "ste", "ce"])
+def test_second_derivatives(name):
     torch.manual_seed(0)
-    module = build("action", 4, 2).eval()
+    module = build(name, 4, 2).eval()
     x = torch.randn(4, 4, 3, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(module, x)
     assert torch.autograd.gradgradcheck(module, x)
