@@ -248,9 +248,8 @@ def squeeze(conv: nn.Module, x: Tensor) -> Tensor:
     On a CPU the gradient of PyTorch's, of contiguous maps, goes through two copies of ``x``; here each frame
     is a matrix product.
     """
-    if type(conv) is not nn.Conv2d or conv.bias is not None or in_graph() or _countable:
-        return conv(x)
-    if x.device.type != "cpu" or not x.is_contiguous():
+    by_frame = x.device.type == "cpu" and x.is_contiguous() and not in_graph() and not _countable
+    if not by_frame or type(conv) is not nn.Conv2d or conv.bias is not None:
         return conv(x)
     weight = conv.weight.flatten(1).expand(len(x), -1, -1)
     return torch.bmm(weight, x.flatten(2)).unflatten(2, x.shape[2:])
