@@ -240,11 +240,21 @@ def known_hosts() -> dict[str, Host]:
 
 
 def host_of(module: nn.Module) -> Host | None:
-    """What is known of a module's class, or None."""
+    """What is known of a module's class, or None; a flat network has lost its class."""
     for cls in type(module).__mro__:
         if host := _HOSTS.get(_path(cls)):
             return host
-    return None
+    return _FLAT if _is_flat(module) else None
+
+
+_FLAT = Host("pre:", each="")
+
+
+def _is_flat(module: nn.Module) -> bool:
+    """Whether this is a plain network as timm's ``features_only`` leaves it: layers, without its class."""
+    if not any(_path(cls) == "timm.models._features.FeatureListNet" for cls in type(module).__mro__):
+        return False
+    return all(next(layer.children(), None) is None for layer in module.children())
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
@@ -259,8 +269,6 @@ def find_blocks(model: nn.Module) -> list[Block]:
         if inside is not None and name.startswith(inside):
             continue
         host = plain_host if id(module) in plain else host_of(module)
-        if host is None and _is_flat(module):
-            host = _VGG
         if host is None:
             continue
         if host.each is not None and id(module) not in plain:
@@ -271,16 +279,6 @@ def find_blocks(model: nn.Module) -> list[Block]:
         blocks.append(Block(name, module, host, stage))
         inside = f"{name}." if name else ""
     return blocks
-
-
-_VGG = Host("pre:", each="")
-
-
-def _is_flat(module: nn.Module) -> bool:
-    """Whether this is a plain network as timm's ``features_only`` leaves it: layers, without its class."""
-    if not any(_path(cls) == "timm.models._features.FeatureListNet" for cls in type(module).__mro__):
-        return False
-    return all(next(layer.children(), None) is None for layer in module.children())
 
 
 def _stage_ends(model: nn.Module, names: list[str]) -> Iterator[tuple[int, int, int]]:
