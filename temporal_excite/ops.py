@@ -1,7 +1,8 @@
 """The tensor functions temporal modules share. Frames come as ``(N*T, C, H, W)``, clip after clip."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +79,13 @@ def following(frames: Tensor, n_segment: int) -> Tensor:
     moved = torch.empty_like(frames)
     moved[:-1] = frames[1:]
     return _zeroed(moved, n_segment, [n_segment - 1])
+
+
+def step_ahead(later: Tensor, now: Tensor, n_segment: int) -> Tensor:
+    """``later[t+1] - now[t]`` at frame t, zero at a clip's last frame."""
+    difference = torch.empty_like(now)
+    difference[:-1] = later[1:] - now[:-1]
+    return _zeroed(difference, n_segment, [n_segment - 1])
 
 
 def first_zeroed(frames: Tensor, n_segment: int) -> Tensor:
@@ -174,40 +182,53 @@ def clipwise_temporal_conv(x: Tensor, kernel: Tensor, n_segment: int) -> Tensor:
     return sum_taps(x * before, x * now, x * after, n_segment)
 
 
+# The nine parts of a map: (rows, columns), 0 all of them, 1 the first, 2 the last
+_PARTS = [(0, 0), (1, 0), (2, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 1), (2, 2)]
+
+
 def nine_means(x: Tensor) -> Tensor:
     """Of maps ``(N, C, H, W)`` what the mean of any zero-padded 3x3 convolution depends on: ``(9, N, C)``.
 
-    The means over everything, the last row, the first row, the last column, the first column, and the corners
-    last-last, first-last, last-first, first-first (row-column). In float32 at least. See
-    :func:`coefficients`.
+    The means over everything, the first row, the last row, the first column, the last column, and the corners
+    first-first, first-last, last-first, last-last (row-column). In float32 at least; to be called without
+    autocast. See :func:`coefficients`.
     """
-    if in_graph() and not _countable:  # a compiler's loop over a whole map would leave the cache
-        corners = [x[:, :, i, j] for j in (-1, 0) for i in (-1, 0)]
-        lines = x.mean(3, dtype=torch.promote_types(x.dtype, torch.float32))
-        ends = [x[..., j].mean(2, dtype=lines.dtype) for j in (-1, 0)]
-        return torch.stack([lines.mean(2), lines[..., -1], lines[..., 0], *ends, *corners])
-    rows, columns = torch.cat([x[:, :, -1:], x[:, :, :1]]), torch.cat([x[..., -1:], x[..., :1]])
-    parts = [spatial_mean(x), spatial_mean(rows), spatial_mean(columns), rows[:, :, 0, -1], rows[:, :, 0, 0]]
-    return torch.cat(parts).view(9, *x.shape[:2])
+    if _countable:
+        return torch.stack([spatial_mean(part) for part in nine_parts(x)])
+    height, width = x.shape[2:]
+    kind = torch.promote_types(x.dtype, torch.float32)
+    if in_graph():  # by lines: a compiler's loop over a whole map would leave the cache
+        lines = x.mean(3, dtype=kind)
+        means = [lines.mean(2), lines[..., 0], lines[..., -1]]
+        means += [x[..., j].mean(2, dtype=kind) for j in (0, -1)]
+        return torch.stack(means + [x[:, :, i, j] for i in (0, -1) for j in (0, -1)])
+    if x.device.type == "cpu" and x.numel() <= 1 << 18 and height * width <= 1 << 12:  # one matrix product
+        weights = _constant(_mean_weights, height, width, x.new_empty(0, dtype=kind))
+        if x.is_contiguous():
+            return (weights @ x.flatten(2).flatten(0, 1).T.to(kind)).unflatten(1, x.shape[:2])
+        return (weights @ x.permute(0, 2, 3, 1).flatten(1, 2).to(kind)).transpose(0, 1)
+    maps = x.permute(2, 3, 0, 1)
+    rows = maps[:: max(1, height - 1)].expand(2, -1, -1, -1)
+    columns, corners = (m[:, :: max(1, width - 1)].expand(-1, 2, -1, -1) for m in (maps, rows))
+    edges = [rows.mean(1, dtype=kind), columns.mean(0, dtype=kind), corners.flatten(0, 1)]
+    return torch.cat([spatial_mean(x)[None], *edges])
+
+
+def _mean_weights(height: int, width: int) -> list[list[float]]:
+    """What each position of a map counts for in each of the :func:`nine_means`."""
+    rows, columns = ([[1 / n] * n, [1.0] + [0.0] * (n - 1), [0.0] * (n - 1) + [1.0]] for n in (height, width))
+    return [[r * c for r in rows[i] for c in columns[j]] for i, j in _PARTS]
 
 
 def nine_parts(x: Tensor) -> list[Tensor]:
     """The views of ``x`` that :func:`nine_means` takes the means of."""
-    rows = [x[:, :, -1:], x[:, :, :1]]
-    columns = [x[..., -1:], x[..., :1]]
-    return [x, *rows, *columns, *[row[..., at] for at in (slice(-1, None), slice(1)) for row in rows]]
+    which = slice(None), slice(1), slice(-1, None)
+    return [x[:, :, which[i], which[j]] for i, j in _PARTS]
 
 
 def nine_counts(height: int, width: int) -> list[int]:
     """Of how many positions each of the :func:`nine_means` is the mean."""
-    return [height * width, width, width, height, height, 1, 1, 1, 1]
-
-
-# The taps of a line, by their position, that everything, the last or the first position counts for
-_ALL, _LAST, _FIRST = (1, 1, 1), (-1, 0, 0), (0, 0, -1)
-_LINES = [(_ALL, _ALL), (_LAST, _ALL), (_FIRST, _ALL), (_ALL, _LAST), (_ALL, _FIRST)]
-_CORNERS = [(_LAST, _LAST), (_FIRST, _LAST), (_LAST, _FIRST), (_FIRST, _FIRST)]
-_SIGNS = [[i * j for i in row for j in column] for row, column in _LINES + _CORNERS]
+    return [(1 if i else height) * (1 if j else width) for i, j in _PARTS]
 
 
 def coefficients(kernel: Tensor, height: int, width: int) -> Tensor:
@@ -218,16 +239,38 @@ def coefficients(kernel: Tensor, height: int, width: int) -> Tensor:
     often as the kernel has weight, an outer row or column is taken off again with the weight of the taps
     that miss it, and a corner given back where that took it off twice.
     """
+    return _constant(_tap_weights, height, width, kernel) @ kernel.flatten(1).T
+
+
+def _tap_weights(height: int, width: int) -> list[list[float]]:
+    """What each tap of a kernel counts for in each of the :func:`coefficients`."""
+    taps = (1, 1, 1), (0, 0, -1), (-1, 0, 0)  # of a line, that everything, the first, the last counts for
     shares = [count / (height * width) for count in nine_counts(height, width)]
-    taps = [[sign * share for sign in signs] for signs, share in zip(_SIGNS, shares, strict=True)]
-    return kernel.new_tensor(taps) @ kernel.flatten(1).T
+    return [
+        [s * ky * kx for ky in taps[i] for kx in taps[j]] for s, (i, j) in zip(shares, _PARTS, strict=True)
+    ]
 
 
-def spatial_mean(x: Tensor, out: Tensor | None = None) -> Tensor:
-    """``x.mean((-2, -1))`` of ``(..., H, W)``, in float32 at least."""
+_constants: dict[tuple[Any, ...], Tensor] = {}
+
+
+def _constant(rows: Callable[[int, int], list[list[float]]], height: int, width: int, like: Tensor) -> Tensor:
+    """``rows(height, width)`` in the dtype and on the device of ``like``, made once."""
+    key = rows, height, width, like.dtype, like.device
+    if not in_graph() and key in _constants:
+        return _constants[key]
+    with torch.inference_mode(False):
+        found = like.new_tensor(rows(height, width))
+    if type(found) is Tensor and not in_graph():  # no stand-in of a tracer
+        _constants[key] = found
+    return found
+
+
+def spatial_mean(x: Tensor) -> Tensor:
+    """``x.mean((2, 3))`` of ``(N, C, H, W)``, in float32 at least."""
     if _countable:
-        return F.adaptive_avg_pool2d(x, 1)[..., 0, 0]
-    return torch.mean(x, (-2, -1), dtype=torch.promote_types(x.dtype, torch.float32), out=out)
+        return F.adaptive_avg_pool2d(x, 1).flatten(1)
+    return x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def channel_mean(x: Tensor) -> Tensor:

@@ -11,16 +11,16 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from . import ops, past
-from .ops import following, in_graph, nine_counts, nine_parts, previous, spatial_mean, to_clips
+from . import memory, ops, past
+from .ops import following, in_graph, nine_counts, nine_parts, previous, to_clips
 
 # bytes a pass works on at a time: smaller ones cost more calls than they spare traffic beyond the cache
 _BLOCK = 4 << 20
-_FEW = 1 << 19  # elements; with fewer, the number of calls is what counts
 
 
 def recompute(function: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module) -> Tensor:
@@ -73,42 +73,54 @@ class _StillStatistics:
 def temporal_conv(x: Tensor, weight: Tensor, n_segment: int, causal: bool = False) -> Tensor:
     """:func:`~temporal_excite.ops.temporal_conv`:
     ``y[t] = w[:, 0] x[t-1] + w[:, 1] x[t] + w[:, 2] x[t+1]``; causal the same of frames t-2, t-1, t."""
-    if not in_graph():
-        result: Tensor = _TemporalConv.apply(x, weight, n_segment, -1 if causal else 0)
+    if in_graph():
+        if causal:
+            return ops.causal_conv(x, [previous(x, n_segment, k) for k in (1, 2)], weight)
+        return ops.temporal_conv(x, weight, n_segment)
+    offset = -1 if causal else 0
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        result: Tensor = _TemporalConv.apply(x, weight, n_segment, offset)
         return result
-    if causal:
-        return ops.causal_conv(x, [previous(x, n_segment, k) for k in (1, 2)], weight)
-    return ops.temporal_conv(x, weight, n_segment)
+    return _temporal_conv(x, weight, n_segment, offset, memory.empty_like)
+
+
+def _temporal_conv(
+    x: Tensor, weight: Tensor, n_segment: int, offset: int, empty_like: Callable[..., Tensor]
+) -> Tensor:
+    """Tap k meets frame ``t + k - 1 + offset``."""
+    if _is_channels_last(x):
+        x = x.contiguous(memory_format=torch.channels_last)  # a slice becomes a copy
+        if not offset and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
+            frames = to_clips(x.permute(0, 2, 3, 1).flatten(1, 2), n_segment).permute(0, 3, 1, 2)
+            with ops.full_precision(x):  # of an image (N, C, T, H * W)
+                y = F.conv2d(frames, weight.to(x.dtype).unsqueeze(-1), padding=(1, 0), groups=x.shape[1])
+            # no view: what follows may change it in place
+            return y.contiguous(memory_format=torch.channels_last).as_strided_(x.shape, x.stride())
+        # rows of W * C: a loop over C alone would be too short
+        y = empty_like(x, memory_format=torch.channels_last)
+        source, target = (t.permute(0, 2, 3, 1).flatten(2) for t in (x, y))
+        taps = weight.to(x.dtype)[:, 0].T.repeat(1, x.shape[3])
+    else:
+        y = empty_like(x, memory_format=torch.contiguous_format)
+        source, target = x.flatten(2), y.flatten(2)
+        taps = weight.to(x.dtype)[:, 0].T.unsqueeze(2)
+    source, target = to_clips(source, n_segment), to_clips(target, n_segment)
+    for clips, first, last in _blocks(source):
+        old, new = source[clips], target[clips]
+        torch.mul(old[:, first:last], taps[1 - offset], out=new[:, first:last])
+        for k, d in _steps(offset):
+            low, high = max(first, -d), min(last, n_segment - d)
+            if d and low < high:
+                new[:, low:high].addcmul_(old[:, low + d : high + d], taps[k])
+    return y
 
 
 class _TemporalConv(torch.autograd.Function):
-    """Tap k meets frame ``t + k - 1 + offset``."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, n_segment: int, offset: int) -> Tensor:
-        last_layout = _is_channels_last(x)
-        layout = torch.channels_last if last_layout else torch.contiguous_format
-        if last_layout:
-            x = x.contiguous(memory_format=layout)  # a slice becomes a copy, to have rows of W * C
         ctx.save_for_backward(x, weight)
         ctx.options = n_segment, offset
-        y = torch.empty_like(x, memory_format=layout)
-        taps = weight.to(x.dtype)[:, 0].T
-        if last_layout:  # rows of W * C: a loop over C alone would be too short
-            source, target = (t.permute(0, 2, 3, 1).flatten(2) for t in (x, y))
-            taps = taps.repeat(1, x.shape[3])
-        else:
-            source, target = x.flatten(2), y.flatten(2)
-            taps = taps.unsqueeze(2)
-        source, target = to_clips(source, n_segment), to_clips(target, n_segment)
-        for clips, first, last in _blocks(source):
-            old, new = source[clips], target[clips]
-            torch.mul(old[:, first:last], taps[1 - offset], out=new[:, first:last])
-            for k, d in _steps(offset):
-                low, high = max(first, -d), min(last, n_segment - d)
-                if d and low < high:
-                    new[:, low:high].addcmul_(old[:, low + d : high + d], taps[k])
-        return y
+        return _temporal_conv(x, weight, n_segment, offset, torch.empty_like)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -132,32 +144,18 @@ def _steps(offset: int) -> Iterator[tuple[int, int]]:
 
 def nine_means(x: Tensor) -> Tensor:
     """:func:`~temporal_excite.ops.nine_means`."""
-    if in_graph():
-        return ops.nine_means(x)
-    if torch.is_grad_enabled() and x.requires_grad:
+    if not in_graph() and torch.is_grad_enabled() and x.requires_grad:
         result: Tensor = _NineMeans.apply(x)
         return result
-    return _nine_means(x)
-
-
-def _nine_means(x: Tensor) -> Tensor:
-    if x.numel() < _FEW:
-        return ops.nine_means(x)
-    means = x.new_empty((9, *x.shape[:2]), dtype=torch.promote_types(x.dtype, torch.float32))
-    for part, out in zip(nine_parts(x), means, strict=True):
-        if part.shape[2:] == (1, 1):
-            out.copy_(part[..., 0, 0])
-        else:
-            spatial_mean(part, out=out)
-    return means
+    return ops.nine_means(x)
 
 
 class _NineMeans(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.shape, ctx.dtype = x.shape, x.dtype
-        ctx.layout = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
-        return _nine_means(x)
+        ctx.layout = _layout(x)
+        return ops.nine_means(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -180,17 +178,14 @@ def gate(y: Tensor, *gates: Tensor, reuse: bool = False) -> Tensor:
     if needs_grad:
         result: Tensor = _Gate.apply(y, *gates)
         return result
-    return _gate(y, gates, y if reuse else None)
+    in_order = _is_channels_last(y) or y.is_contiguous()
+    return _gate(y, gates, y if reuse and in_order else memory.empty_like(y, memory_format=_layout(y)))
 
 
-def _gate(y: Tensor, gates: tuple[Tensor, ...], out: Tensor | None) -> Tensor:
+def _gate(y: Tensor, gates: tuple[Tensor, ...], out: Tensor) -> Tensor:
     if len(gates) == 1:
-        factor = gates[0].to(y.dtype)
-        return y * factor if out is None else out.mul_(factor)
+        return torch.mul(y, gates[0].to(y.dtype), out=out)
     last_layout = _is_channels_last(y)
-    if out is None or not (last_layout or out.is_contiguous()):
-        layout = torch.channels_last if last_layout else torch.contiguous_format
-        out = torch.empty_like(y, memory_format=layout)
     step = _frames_per_block(y)
     if step >= len(y):
         return torch.mul(y, torch.add(*gates, out=torch.empty_like(out)), out=out)
@@ -211,7 +206,7 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, *gates: Tensor) -> Tensor:
         ctx.save_for_backward(y, *gates)
-        return _gate(y, gates, None)
+        return _gate(y, gates, torch.empty_like(y, memory_format=_layout(y)))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
@@ -237,26 +232,32 @@ def part_shift(x: Tensor, ahead: int, behind: int, n_segment: int) -> Tensor:
     if in_graph():
         to_past, to_future, rest = x.tensor_split((ahead, ahead + behind), dim=1)
         return torch.cat([following(to_past, n_segment), previous(to_future, n_segment), rest], dim=1)
-    result: Tensor = _PartShift.apply(x, ahead, behind, n_segment, False)
-    return result
+    if torch.is_grad_enabled() and x.requires_grad:
+        result: Tensor = _PartShift.apply(x, ahead, behind, n_segment, False)
+        return result
+    y = memory.empty_like(x, memory_format=_layout(x))
+    return _part_shift(x, slice(0, ahead), slice(ahead, ahead + behind), n_segment, y)
+
+
+def _part_shift(x: Tensor, to_past: slice, to_future: slice, n_segment: int, y: Tensor) -> Tensor:
+    source, target = to_clips(x, n_segment), to_clips(y, n_segment)
+    moving = max(to_past.stop, to_future.stop)
+    target[:, :, moving:] = source[:, :, moving:]
+    target[:, :-1, to_past] = source[:, 1:, to_past]
+    target[:, -1, to_past] = 0
+    target[:, 1:, to_future] = source[:, :-1, to_future]
+    target[:, 0, to_future] = 0
+    return y
 
 
 class _PartShift(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, ahead: int, behind: int, n_segment: int, reverse: bool) -> Tensor:
         ctx.options = ahead, behind, n_segment, not reverse
-        y = torch.empty_like(x)
-        source, target = to_clips(x, n_segment), to_clips(y, n_segment)
-        moving = ahead + behind
-        target[:, :, moving:] = source[:, :, moving:]
-        to_past, to_future = slice(0, ahead), slice(ahead, moving)
+        to_past, to_future = slice(0, ahead), slice(ahead, ahead + behind)
         if reverse:
             to_past, to_future = to_future, to_past
-        target[:, :-1, to_past] = source[:, 1:, to_past]
-        target[:, -1, to_past] = 0
-        target[:, 1:, to_future] = source[:, :-1, to_future]
-        target[:, 0, to_future] = 0
-        return y
+        return _part_shift(x, to_past, to_future, n_segment, torch.empty_like(x))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
@@ -272,6 +273,10 @@ def _products_of_frames(a: Tensor, b: Tensor) -> Tensor:
 def _is_channels_last(x: Tensor) -> bool:
     """Whether the channels of a pixel lie side by side, also in a slice."""
     return not x.is_contiguous() and x.stride(1) == 1
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if _is_channels_last(x) else torch.contiguous_format
 
 
 def _frames_per_block(frames: Tensor) -> int:

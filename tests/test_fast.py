@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import temporal_excite as te
+from temporal_excite import passes
 from temporal_excite.ops import coefficients, nine_means
 
 MODULES = {
@@ -109,6 +110,26 @@ def test_nine_means_tell_the_mean_of_a_convolution(height, width):
     expected = torch.nn.functional.conv2d(x, kernel, padding=1, groups=3).mean((-2, -1))
     found = (coefficients(kernel, height, width)[:, None] * nine_means(x)).sum(0)
     assert torch.allclose(found, expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("height, width", [(1, 1), (1, 4), (5, 1), (4, 7)])
+def test_nine_means_of_many_maps_are_those_of_few(height, width, layout):
+    x = frames((9, 40000, height, width), layout, torch.float32)
+    few = [nine_means(maps) for maps in x.split(5000, dim=1)]
+    torch.testing.assert_close(nine_means(x), torch.cat(few, 2))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("shape", [(6, 5, 4, 3), (3, 16, 1, 1), (6, 1, 2, 2), (12, 24, 9, 8)])
+def test_temporal_convolution_in_channels_last(shape, causal):
+    x, weight = frames(shape, "channels_last", torch.float32), torch.randn(shape[1], 1, 3)
+    found = passes.temporal_conv(x, weight, 3, causal)
+    exact = passes.temporal_conv(x.double().contiguous(), weight.double(), 3, causal)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(passes.temporal_conv(x, weight, 3, causal), found)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

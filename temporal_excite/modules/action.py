@@ -26,6 +26,7 @@ from ..ops import (
     previous,
     spatial_mean,
     squeeze,
+    step_ahead,
     temporal_conv,
     to_clips,
 )
@@ -136,17 +137,18 @@ class CE(Excitation):
             nn.init.zeros_(self.expand.weight)
 
     def gate(self, x: Tensor) -> Tensor:
-        return self.gate_of_mean(spatial_mean(x) if self.fast else F.adaptive_avg_pool2d(x, 1).flatten(1))
+        mean = spatial_mean(x) if self.fast else F.adaptive_avg_pool2d(x, 1).flatten(1)
+        with full_precision(x):
+            return self.gate_of_mean(mean)
 
     def gate_of_mean(self, mean: Tensor) -> Tensor:
-        """The mask for frames whose spatial mean is ``mean``, ``(N*T, C)``."""
-        with full_precision(mean):
-            pooled = pointwise(self.squeeze, mean.to(self.squeeze.weight.dtype))
-            if self.causal:
-                mixed = causal_conv(pooled, self.past(pooled, 2, "squeezed"), self.temporal.weight)
-            else:
-                mixed = temporal_conv(pooled, self.temporal.weight, self.n_segment)
-            return pointwise(self.expand, self.act(mixed)).sigmoid()[..., None, None]
+        """The mask for frames whose spatial mean is ``mean``, ``(N*T, C)``; to be called without autocast."""
+        pooled = pointwise(self.squeeze, mean.to(self.squeeze.weight.dtype))
+        if self.causal:
+            mixed = causal_conv(pooled, self.past(pooled, 2, "squeezed"), self.temporal.weight)
+        else:
+            mixed = temporal_conv(pooled, self.temporal.weight, self.n_segment)
+        return pointwise(self.expand, self.act(mixed)).sigmoid()[..., None, None]
 
 
 class ME(Excitation):
@@ -186,17 +188,19 @@ class ME(Excitation):
             nn.init.zeros_(self.expand.weight)
 
     def gate(self, x: Tensor) -> Tensor:
-        return self.gate_of_motion(self.motion(x))
+        motion = self.motion(x)
+        with full_precision(x):
+            return self.gate_of_motion(motion)
 
     def gate_of_motion(self, motion: Tensor) -> Tensor:
-        """The mask for the pooled motion F."""
-        with full_precision(motion):
-            return pointwise(self.expand, motion.to(self.expand.weight.dtype)).sigmoid()[..., None, None]
+        """The mask for the pooled motion F; to be called without autocast."""
+        return pointwise(self.expand, motion.to(self.expand.weight.dtype)).sigmoid()[..., None, None]
 
     def motion(self, x: Tensor) -> Tensor:
         """The pooled motion F, ``(N*T, squeezed)``."""
         if self.fast and self.linear:
-            return self.motion_of_means(passes.nine_means(x), *x.shape[2:])
+            with full_precision(x):
+                return self.motion_of_means(passes.nine_means(x), *x.shape[2:])
         features = self.norm(squeeze(self.squeeze, x) if self.fast else self.squeeze(x))
         if self.fast and type(self.transform) is nn.Conv2d:
             with full_precision(x):
@@ -217,13 +221,13 @@ class ME(Excitation):
         )
 
     def motion_of_means(self, means: Tensor, height: int, width: int) -> Tensor:
-        """The pooled motion F of frames of that size whose :func:`~.ops.nine_means` are ``means``."""
-        with full_precision(means):
-            # a mean over any positions passes the squeeze and the norm like a pixel
-            features = F.linear(means.flatten(0, 1), self.squeeze.weight.flatten(1).to(means.dtype))
-            if not isinstance(self.norm, nn.Identity):
-                features = _normalise(self.norm, features)
-            return self._motion_of_features(features.view(*means.shape[:2], -1), height, width)
+        """The pooled motion F of frames of that size whose :func:`~.ops.nine_means` are ``means``; to be
+        called without autocast."""
+        # a mean over any positions passes the squeeze and the norm like a pixel
+        features = F.linear(means.flatten(0, 1), self.squeeze.weight.flatten(1).to(means.dtype))
+        if not isinstance(self.norm, nn.Identity):
+            features = _normalise(self.norm, features)
+        return self._motion_of_features(features.view(*means.shape[:2], -1), height, width)
 
     def _motion_of_features(self, means: Tensor, height: int, width: int) -> Tensor:
         """The pooled motion F from the nine means of f, ``(9, N*T, squeezed)``."""
@@ -234,8 +238,7 @@ class ME(Excitation):
         """F from the means over the map of ``K * f`` and ``f``, ``(N*T, squeezed)``."""
         if self.causal:
             return self.zero_at_first(transformed - self.past(mean, name="mean")[0])
-        arrived = transformed - previous(mean, self.n_segment)  # F[t-1] at frame t
-        return following(arrived, self.n_segment)
+        return step_ahead(transformed, mean, self.n_segment)
 
 
 class ActionModule(TemporalModule):
@@ -324,10 +327,11 @@ class ActionModule(TemporalModule):
     def _channel_gates(self, y: Tensor) -> list[Tensor]:
         """The masks of CE and ME, from the same means where ME needs no more."""
         if "me" in self.paths and self.me.fast and self.me.linear:
-            means = passes.nine_means(y)
-            gates = [self.me.gate_of_motion(self.me.motion_of_means(means, *y.shape[2:]))]
-            if "ce" in self.paths:
-                gates.append(self.ce.gate_of_mean(means[0]))
+            with full_precision(y):
+                means = passes.nine_means(y)
+                gates = [self.me.gate_of_motion(self.me.motion_of_means(means, *y.shape[2:]))]
+                if "ce" in self.paths:
+                    gates.append(self.ce.gate_of_mean(means[0]))
             return gates
         return [getattr(self, path).gate(y) for path in ("ce", "me") if path in self.paths]
 

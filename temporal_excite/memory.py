@@ -1,0 +1,40 @@
+"""Memory for results without a gradient, used again as soon as nothing holds the one before.
+
+A module's output lives until the next layer has read it. Taken from the allocator each time, it is often
+fresh memory, of which the first touch of every page is a fault that costs more than what the module computes.
+"""
+
+import threading
+import weakref
+
+import torch
+from torch import Tensor
+
+_LEAST, _MOST = 1 << 20, 64 << 20  # bytes; less is cheap anyway, more is not kept
+
+
+class _Spare(threading.local):
+    memory: Tensor | None = None
+    lease: weakref.ref[memoryview] | None = None
+    """What a tensor in ``memory`` holds as long as it, a view of it or an array on it is alive."""
+
+
+_spare = _Spare()
+
+
+def empty_like(x: Tensor, *, memory_format: torch.memory_format) -> Tensor:
+    """:func:`torch.empty_like`, contiguous or in channels_last.
+
+    On a CPU it may lie in memory that the thread keeps for this, at most 64 MiB, and that nothing else uses.
+    Not for training: what is kept for the backward pass keeps that memory too.
+    """
+    size = x.numel() * x.element_size()
+    kept = x.device.type == "cpu" and type(x) is Tensor and _LEAST <= size <= _MOST
+    if not kept or (_spare.lease and _spare.lease()):
+        return torch.empty_like(x, memory_format=memory_format)
+    if _spare.memory is None or _spare.memory.nbytes < size:
+        _spare.memory = torch.empty(size, dtype=torch.uint8, device="cpu")
+    lease = _spare.memory.numpy().data[:size]
+    _spare.lease = weakref.ref(lease)
+    # no view: what follows may change it in place
+    return torch.frombuffer(lease, dtype=x.dtype).resize_(x.shape, memory_format=memory_format)
