@@ -69,21 +69,21 @@ def to_clips(x: Tensor, n_segment: int) -> Tensor:
 
 def previous(frames: Tensor, n_segment: int, steps: int = 1) -> Tensor:
     """Frames moved so that frame t of a clip holds frame t - ``steps``; the first ones are zero."""
-    moved = torch.empty_like(frames)
+    moved = _blank(frames)
     moved[steps:] = frames[:-steps]  # which a compiler fuses, other than a concatenation
     return _zeroed(moved, n_segment, range(min(steps, n_segment)))
 
 
 def following(frames: Tensor, n_segment: int) -> Tensor:
     """Frames moved so that frame t of a clip holds frame t+1; the last frame is zero."""
-    moved = torch.empty_like(frames)
+    moved = _blank(frames)
     moved[:-1] = frames[1:]
     return _zeroed(moved, n_segment, [n_segment - 1])
 
 
 def step_ahead(later: Tensor, now: Tensor, n_segment: int) -> Tensor:
     """``later[t+1] - now[t]`` at frame t, zero at a clip's last frame."""
-    difference = torch.empty_like(now)
+    difference = _blank(now)
     difference[:-1] = later[1:] - now[:-1]
     return _zeroed(difference, n_segment, [n_segment - 1])
 
@@ -91,6 +91,11 @@ def step_ahead(later: Tensor, now: Tensor, n_segment: int) -> Tensor:
 def first_zeroed(frames: Tensor, n_segment: int) -> Tensor:
     """Frames, the first one of each clip zero."""
     return _zeroed(frames.clone(), n_segment, [0])
+
+
+def _blank(x: Tensor) -> Tensor:
+    """Like ``x``, to be overwritten. A compiler allocates, and reads, what is empty; zeros are a constant."""
+    return torch.zeros_like(x) if in_graph() else torch.empty_like(x)
 
 
 def _zeroed(frames: Tensor, n_segment: int, positions: Sequence[int]) -> Tensor:
@@ -137,8 +142,17 @@ def temporal_conv(x: Tensor, weight: Tensor, n_segment: int) -> Tensor:
         clips = to_clips(x.flatten(2), n_segment).transpose(1, 2)  # (N, C, T, H*W)
         y = F.conv2d(clips, weight.unsqueeze(-1), padding=(1, 0), groups=x.shape[1])
         return y.transpose(1, 2).reshape(x.shape)
-    before, now, after = weight.view(-1, 3, 1, 1).unbind(1)
+    before, now, after = _taps(weight)
     return sum_taps(x * before, x * now, x * after, n_segment)
+
+
+def _taps(weight: Tensor) -> Tensor:
+    """``(C, 1, 3)`` as ``(3, C, 1, 1)``."""
+    taps = weight.view(-1, 3).T
+    if in_graph() and weight.device.type == "cpu":
+        # A product is contiguous; a view the compiler would gather, element by element, in its inner loop
+        taps = torch.eye(3, dtype=weight.dtype) @ taps
+    return taps[..., None, None]
 
 
 def causal_conv(now: Tensor, past: Sequence[Tensor], weight: Tensor) -> Tensor:
@@ -160,7 +174,8 @@ def causal_conv(now: Tensor, past: Sequence[Tensor], weight: Tensor) -> Tensor:
         kernel = weight.expand(len(now), -1, -1, 3) if weight.ndim == 4 else weight.repeat(len(now), 1, 1)
         kernel = kernel.reshape(-1, 3, 1, 1)
         return F.conv2d(groups[None], kernel, groups=len(kernel)).view(now.shape)
-    first, second, third = weight.reshape(-1, now.shape[1], 3, 1, 1).unbind(2)
+    own = weight.ndim == 4
+    first, second, third = weight.view(-1, now.shape[1], 3, 1, 1).unbind(2) if own else _taps(weight)
     return (now * third).addcmul_(two, first).addcmul_(one, second)
 
 

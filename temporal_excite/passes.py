@@ -230,8 +230,9 @@ class _Gate(torch.autograd.Function):
 def part_shift(x: Tensor, ahead: int, behind: int, n_segment: int) -> Tensor:
     """Channels ``[0, ahead)`` from the next frame, ``behind`` more from the previous, zeros at the ends."""
     if in_graph():
-        to_past, to_future, rest = x.tensor_split((ahead, ahead + behind), dim=1)
-        return torch.cat([following(to_past, n_segment), previous(to_future, n_segment), rest], dim=1)
+        channel = torch.arange(x.shape[1], device=x.device).view(-1, 1, 1)
+        moved = torch.where(channel < ahead + behind, previous(x, n_segment), x)
+        return torch.where(channel < ahead, following(x, n_segment), moved) if ahead else moved
     if torch.is_grad_enabled() and x.requires_grad:
         result: Tensor = _PartShift.apply(x, ahead, behind, n_segment, False)
         return result
