@@ -1,7 +1,7 @@
 """Latency of one step of a stream: causal networks beside the plain backbone on one frame.
 
 python benchmarks/stream.py [--backbone NAME ..] [--modules NAME ..] [--batch N ..] [--compile]
-    [--device cuda] [--repeats 100] [--json FILE]
+    [--channels-last] [--device cuda] [--repeats 100] [--json FILE]
 
 A step takes one frame of each of N streams. The steps of all networks are interleaved; p50 and p95 are over
 the repeats, a ratio is the median over the repeats of the ratio to the plain one, and streams/s is N / p50:
@@ -26,15 +26,20 @@ Row = dict[str, float | str]
 
 def networks(backbone: str, options: argparse.Namespace) -> tuple[nn.Module, dict[str, te.Stream]]:
     """The plain backbone, and a stream of it with each module."""
-    plain = timm.create_model(backbone).eval().to(options.device)
+    place = {"device": options.device, "memory_format": layout(options)}
+    plain = timm.create_model(backbone).eval().to(**place)
     found = {}
     for name in options.modules:
         model = te.inject(timm.create_model(backbone), name, causal=True)
-        found[name] = te.Stream(model.eval().to(options.device))
+        found[name] = te.Stream(model.eval().to(**place))
     if options.compile:
         for module in (plain, *(stream.module for stream in found.values())):
             module.compile(dynamic=False)
     return plain, found
+
+
+def layout(options: argparse.Namespace) -> torch.memory_format:
+    return torch.channels_last if options.channels_last else torch.contiguous_format
 
 
 def steps(stream: te.Stream, frames: torch.Tensor) -> Callable[[], None]:
@@ -55,6 +60,7 @@ def measure(backbone: str, options: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     for batch in options.batch:
         frames = torch.randn(batch, 3, options.size, options.size, device=device)
+        frames = frames.to(memory_format=layout(options))
         calls: dict[str, Callable[[], object]] = {"plain": torch.no_grad()(partial(plain, frames))}
         calls |= {label: steps(stream, frames) for label, stream in found.items()}
         for call in calls.values():  # warm up
@@ -86,7 +92,8 @@ def main() -> None:
     parser.add_argument("--backbone", nargs="+", default=["resnet50", "mobilenetv2_100"])
     parser.add_argument("--modules", nargs="+", default=["tsm", "shift", "ste", "ce", "me", "action"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1], help="numbers of streams in a step")
-    parser.add_argument("--compile", action="store_true")
+    for flag in ("--compile", "--channels-last"):
+        parser.add_argument(flag, action="store_true")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--repeats", type=int, default=100)
