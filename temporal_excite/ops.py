@@ -151,7 +151,8 @@ def _taps(weight: Tensor) -> Tensor:
     taps = weight.view(-1, 3).T
     if in_graph() and weight.device.type == "cpu":
         # A product is contiguous; a view the compiler would gather, element by element, in its inner loop
-        taps = torch.eye(3, dtype=weight.dtype) @ taps
+        with full_precision(weight):
+            taps = torch.eye(3, dtype=weight.dtype) @ taps
     return taps[..., None, None]
 
 
@@ -174,8 +175,10 @@ def causal_conv(now: Tensor, past: Sequence[Tensor], weight: Tensor) -> Tensor:
         kernel = weight.expand(len(now), -1, -1, 3) if weight.ndim == 4 else weight.repeat(len(now), 1, 1)
         kernel = kernel.reshape(-1, 3, 1, 1)
         return F.conv2d(groups[None], kernel, groups=len(kernel)).view(now.shape)
-    own = weight.ndim == 4
-    first, second, third = weight.view(-1, now.shape[1], 3, 1, 1).unbind(2) if own else _taps(weight)
+    if weight.ndim == 4:
+        first, second, third = weight.reshape(*now.shape[:2], 3, 1, 1).unbind(2)
+    else:
+        first, second, third = _taps(weight)
     return (now * third).addcmul_(two, first).addcmul_(one, second)
 
 
@@ -272,11 +275,12 @@ _constants: dict[tuple[Any, ...], Tensor] = {}
 def _constant(rows: Callable[[int, int], list[list[float]]], height: int, width: int, like: Tensor) -> Tensor:
     """``rows(height, width)`` in the dtype and on the device of ``like``, made once."""
     key = rows, height, width, like.dtype, like.device
-    if not in_graph() and key in _constants:
+    real = type(like) in (Tensor, nn.Parameter) and not in_graph()  # no stand-in of a tracer
+    if real and key in _constants:
         return _constants[key]
     with torch.inference_mode(False):
         found = like.new_tensor(rows(height, width))
-    if type(found) is Tensor and not in_graph():  # no stand-in of a tracer
+    if real and type(found) is Tensor:
         _constants[key] = found
     return found
 
