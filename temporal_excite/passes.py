@@ -28,9 +28,8 @@ def recompute(function: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module
 
     ``module`` owns the parameters; its batch norms' running statistics move once.
     """
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *module.parameters()))
     # in a step of a stream the past is at hand only now
-    if in_graph() or not needs_grad or _holds_other_norms(module) or past.current():
+    if in_graph() or not _needs_grad(x, *module.parameters()) or _holds_other_norms(module) or past.current():
         return function(x)
     contexts = partial(_recompute_contexts, module)
     result: Tensor = checkpoint(
@@ -78,7 +77,7 @@ def temporal_conv(x: Tensor, weight: Tensor, n_segment: int, causal: bool = Fals
             return ops.causal_conv(x, [previous(x, n_segment, k) for k in (1, 2)], weight)
         return ops.temporal_conv(x, weight, n_segment)
     offset = -1 if causal else 0
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    if _needs_grad(x, weight):
         result: Tensor = _TemporalConv.apply(x, weight, n_segment, offset)
         return result
     return _temporal_conv(x, weight, n_segment, offset, memory.empty_like)
@@ -88,22 +87,23 @@ def _temporal_conv(
     x: Tensor, weight: Tensor, n_segment: int, offset: int, empty_like: Callable[..., Tensor]
 ) -> Tensor:
     """Tap k meets frame ``t + k - 1 + offset``."""
+    weight = weight.to(x.dtype)
     if _is_channels_last(x):
         x = x.contiguous(memory_format=torch.channels_last)  # a slice becomes a copy
         if not offset and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
             frames = to_clips(x.permute(0, 2, 3, 1).flatten(1, 2), n_segment).permute(0, 3, 1, 2)
             with ops.full_precision(x):  # of an image (N, C, T, H * W)
-                y = F.conv2d(frames, weight.to(x.dtype).unsqueeze(-1), padding=(1, 0), groups=x.shape[1])
+                y = F.conv2d(frames, weight.unsqueeze(-1), padding=(1, 0), groups=x.shape[1])
             # no view: what follows may change it in place
             return y.contiguous(memory_format=torch.channels_last).as_strided_(x.shape, x.stride())
         # rows of W * C: a loop over C alone would be too short
         y = empty_like(x, memory_format=torch.channels_last)
         source, target = (t.permute(0, 2, 3, 1).flatten(2) for t in (x, y))
-        taps = weight.to(x.dtype)[:, 0].T.repeat(1, x.shape[3])
+        taps = weight[:, 0].T.repeat(1, x.shape[3])
     else:
         y = empty_like(x, memory_format=torch.contiguous_format)
         source, target = x.flatten(2), y.flatten(2)
-        taps = weight.to(x.dtype)[:, 0].T.unsqueeze(2)
+        taps = weight[:, 0].T.unsqueeze(2)
     source, target = to_clips(source, n_segment), to_clips(target, n_segment)
     for clips, first, last in _blocks(source):
         old, new = source[clips], target[clips]
@@ -144,7 +144,7 @@ def _steps(offset: int) -> Iterator[tuple[int, int]]:
 
 def nine_means(x: Tensor) -> Tensor:
     """:func:`~temporal_excite.ops.nine_means`."""
-    if not in_graph() and torch.is_grad_enabled() and x.requires_grad:
+    if not in_graph() and _needs_grad(x):
         result: Tensor = _NineMeans.apply(x)
         return result
     return ops.nine_means(x)
@@ -172,10 +172,9 @@ def gate(y: Tensor, *gates: Tensor, reuse: bool = False) -> Tensor:
 
     ``reuse`` allows the result in the memory of ``y`` where no gradient is needed.
     """
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (y, *gates))
     if in_graph():
         return y * sum(gates[1:], gates[0]).to(y.dtype)
-    if needs_grad:
+    if _needs_grad(y, *gates):
         result: Tensor = _Gate.apply(y, *gates)
         return result
     in_order = _is_channels_last(y) or y.is_contiguous()
@@ -233,7 +232,7 @@ def part_shift(x: Tensor, ahead: int, behind: int, n_segment: int) -> Tensor:
         channel = torch.arange(x.shape[1], device=x.device).view(-1, 1, 1)
         moved = torch.where(channel < ahead + behind, previous(x, n_segment), x)
         return torch.where(channel < ahead, following(x, n_segment), moved) if ahead else moved
-    if torch.is_grad_enabled() and x.requires_grad:
+    if _needs_grad(x):
         result: Tensor = _PartShift.apply(x, ahead, behind, n_segment, False)
         return result
     y = memory.empty_like(x, memory_format=_layout(x))
@@ -269,6 +268,10 @@ def _products_of_frames(a: Tensor, b: Tensor) -> Tensor:
     """``out[c, t, s] = sum_p a[t, c, p] b[s, c, p]``, in float32 at least: all taps' sums in one product."""
     wide = torch.promote_types(a.dtype, torch.float32)
     return torch.bmm(a.to(wide).transpose(0, 1), b.to(wide).permute(1, 2, 0))
+
+
+def _needs_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _is_channels_last(x: Tensor) -> bool:
