@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import past
+from . import passes, past
 from ._text import columns
 from .hosts import PLACEMENTS, Block, find_blocks
 from .modules.base import TemporalModule, is_causal
@@ -46,11 +46,13 @@ class _Hook:
 
 class _Before(_Hook):
     def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (self.run(layer, args[0]), *args[1:])
+        given = self.run(layer, args[0])
+        return (given if self.nhwc else passes.lent(args[0], given), *args[1:])
 
 
 class _After(_Hook):
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        passes.lent_by_norm(layer, args[0], output)
         return self.run(layer, output)
 
 

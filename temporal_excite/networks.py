@@ -17,6 +17,7 @@ from .modules.registry import register_network
 from .modules.tea import MTA, MotionExcitation, PartConv
 from .modules.tefe import FEModule, TEModule
 from .modules.tsm import TemporalConv, TemporalShift
+from .passes import ReLU
 
 TEMPORAL_CONVS: dict[str, Callable[..., nn.Module]] = {
     "shift": TemporalConv,
@@ -244,7 +245,7 @@ def _behind_relu(block: Block, part: str, steps: dict[str, nn.Module]) -> Insert
             f"{_name(block)} applies a ReLU behind ME, which would lose the negative half of residual=False; "
             "use it on a ResNet of Bottleneck blocks (TEA, Fig. 4 f)"
         )
-    return Insertion(block, "out:bn1", part, _chain({"relu": nn.ReLU(inplace=True), **steps}))
+    return Insertion(block, "out:bn1", part, _chain({"relu": ReLU(), **steps}))
 
 
 def _chain(steps: dict[str, nn.Module]) -> nn.Module:

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
 from . import memory, ops, past
+from .again import Again, Input, autocast_of_now, check_version, computing
 from .ops import following, in_graph, nine_counts, nine_parts, previous, to_clips
 
 # bytes a pass works on at a time: smaller ones cost more calls than they spare traffic beyond the cache
@@ -29,17 +29,52 @@ def recompute(function: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module
     ``module`` owns the parameters; its batch norms' running statistics move once.
     """
     # in a step of a stream the past is at hand only now
-    if in_graph() or not _needs_grad(x, *module.parameters()) or _holds_other_norms(module) or past.current():
+    parameters = [p for p in _parameters(module) if p.requires_grad]
+    if in_graph() or not _needs_grad(x, *parameters) or _holds_other_norms(module) or past.current():
         return function(x)
-    contexts = partial(_recompute_contexts, module)
-    result: Tensor = checkpoint(
-        function, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
-    )
+    result: Tensor = _Recompute.apply(function, _AsItWas(module), x, *parameters)
     return result
 
 
-def _recompute_contexts(module: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
-    return nullcontext(), _StillStatistics(module)
+class _Recompute(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, function: Callable[[Tensor], Tensor], module: "_AsItWas", x: Tensor, *parameters: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.function, ctx.module, ctx.parameters = function, module, parameters
+        ctx.autocast = autocast_of_now(x)
+        ctx.recomputed = None
+        return function(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, y = _recomputed(ctx)
+        ctx.recomputed = None
+        wanted = [t for t in (x, *ctx.parameters) if t.requires_grad]
+        found = torch.autograd.grad(y, wanted, grad, create_graph=torch.is_grad_enabled(), allow_unused=True)
+        grads = iter(found)
+        return None, None, *(next(grads) if t.requires_grad else None for t in (x, *ctx.parameters))
+
+
+def _recomputed(node: Any) -> tuple[Tensor, Tensor]:
+    """Input and output of a :class:`_Recompute`, with the graph between; once in a backward pass, whoever
+    asks first."""
+    differentiable = torch.is_grad_enabled()  # a graph of the gradient is wanted
+    if node.recomputed is None or node.recomputed[0] != differentiable:
+        (x,) = node.saved_tensors
+        if not differentiable:
+            x = x.detach().requires_grad_(x.requires_grad)
+        with torch.enable_grad(), node.autocast, node.module:
+            node.recomputed = differentiable, x, node.function(x)
+    _, x, y = node.recomputed
+    return x, y
+
+
+def _parameters(module: nn.Module) -> list[Tensor]:
+    """The module's parameters, also where it is a replica of ``nn.DataParallel``, which has only copies."""
+    named = [m._parameters | getattr(m, "_former_parameters", {}) for m in module.modules()]
+    return list(dict.fromkeys(p for own in named for p in own.values() if p is not None))
 
 
 def _holds_other_norms(module: nn.Module) -> bool:
@@ -49,24 +84,106 @@ def _holds_other_norms(module: nn.Module) -> bool:
     )
 
 
-class _StillStatistics:
-    """While entered, batch norms normalise as ever, but move copies of their running statistics.
+class _AsItWas:
+    """While entered, a module computes as when this was made: with the same parameters and in the same mode.
 
-    May be entered again: each backward pass through a kept graph recomputes.
+    Batch norms in training move copies of their running statistics. May be entered again: each backward pass
+    through a kept graph recomputes.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
-        self.own: list[dict[str, Tensor | None]] = []
+        self.then = [_state(m) for m in module.modules()]
+        self.versions = [(p, p._version) for p in module.parameters()]
+        self.now: list[_State] = []
 
     def __enter__(self) -> None:
-        self.own = [dict(norm._buffers) for norm in self.norms]
-        for norm, own in zip(self.norms, self.own, strict=True):
-            norm._buffers.update({k: None if v is None else v.clone() for k, v in own.items()})
+        for parameter, version in self.versions:
+            check_version(parameter, version)
+        self.now = [_state(state[0]) for state in self.then]
+        for module, mode, parameters, buffers in self.then:
+            if mode and isinstance(module, nn.BatchNorm2d):
+                buffers = {k: None if v is None else v.clone() for k, v in buffers.items()}
+            _restore((module, mode, parameters, buffers))
 
     def __exit__(self, *error: object) -> None:
-        for norm, own in zip(self.norms, self.own, strict=True):
-            norm._buffers.update(own)
+        for state in self.now:
+            _restore(state)
+
+
+_State = tuple[nn.Module, bool, dict[str, nn.Parameter | None], dict[str, Tensor | None]]
+
+
+def _state(module: nn.Module) -> _State:
+    return module, module.training, dict(module._parameters), dict(module._buffers)
+
+
+def _restore(state: _State) -> None:
+    module, mode, parameters, buffers = state
+    module.training = mode
+    module._parameters.update(parameters)
+    module._buffers.update(buffers)
+
+
+def lent(x: Tensor, y: Tensor) -> Tensor:
+    """``y``, made of ``x`` by a temporal module, for the layer behind: its convolution keeps for backward how
+    to compute it again, and not ``y``. Where it is not known how ``y`` was made, ``y`` itself."""
+    if in_graph() or not (_needs_grad(y) and _is_real(y)):
+        return y
+    node: Any = y.grad_fn
+    if hasattr(node, "recomputed"):
+        compute: Callable[[], Tensor] = partial(_output_of, node)
+    elif hasattr(node, "again") and x.grad_fn and node.next_functions[0] == (x.grad_fn, x.output_nr):
+        compute = computing(node.again, x)
+    else:
+        return y
+    given = y.as_subclass(Input)
+    given.again = Again(given, compute)
+    return given
+
+
+def _output_of(node: Any) -> Tensor:
+    return _recomputed(node)[1].detach()
+
+
+def lent_by_norm(norm: nn.Module, x: Tensor, y: Tensor) -> None:
+    """What :func:`sparing` keeps of ``y = norm(x)`` is how to compute it again."""
+    alone = len(norm._forward_hooks) == 1 and not norm._forward_pre_hooks  # with the hook that asks
+    if type(norm) is nn.BatchNorm2d and alone and not in_graph() and _needs_grad(x) and _is_real(y):
+        y.again = Again(y, computing(_runs_again(norm), x))  # type: ignore[attr-defined]
+
+
+def sparing(y: Tensor) -> AbstractContextManager:
+    """While entered, ``y`` is not kept for backward if it can be computed again. For one operation."""
+    again = None if in_graph() else getattr(y, "again", None)
+    return again.instead_of(y) if again else nullcontext()
+
+
+class ReLU(nn.ReLU):
+    """A ReLU in place, whose result :func:`sparing` can spare like its input."""
+
+    def __init__(self) -> None:
+        super().__init__(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        again = None if in_graph() else getattr(x, "again", None)
+        if not again or not again.holds(x):
+            return super().forward(x)
+        with again.instead_of(x):
+            y = super().forward(x)
+        again.changed(y, torch.relu_)
+        return y
+
+
+def _runs_again(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """``module`` as it is now, without its hooks."""
+    as_it_was = _AsItWas(module)
+
+    def run(x: Tensor) -> Tensor:
+        with as_it_was:
+            result: Tensor = module.forward(x)
+        return result
+
+    return run
 
 
 def temporal_conv(x: Tensor, weight: Tensor, n_segment: int, causal: bool = False) -> Tensor:
@@ -77,10 +194,18 @@ def temporal_conv(x: Tensor, weight: Tensor, n_segment: int, causal: bool = Fals
             return ops.causal_conv(x, [previous(x, n_segment, k) for k in (1, 2)], weight)
         return ops.temporal_conv(x, weight, n_segment)
     offset = -1 if causal else 0
-    if _needs_grad(x, weight):
+    if not _needs_grad(x, weight):
+        return _temporal_conv(x, weight, n_segment, offset, memory.empty_like)
+    version = weight._version
+
+    def convolved(x: Tensor) -> Tensor:
+        check_version(weight, version)
+        return _temporal_conv(x, weight, n_segment, offset, memory.empty_like)
+
+    with sparing(x):
         result: Tensor = _TemporalConv.apply(x, weight, n_segment, offset)
-        return result
-    return _temporal_conv(x, weight, n_segment, offset, memory.empty_like)
+    result.grad_fn.again = convolved  # type: ignore[union-attr]
+    return result
 
 
 def _temporal_conv(
@@ -175,7 +300,8 @@ def gate(y: Tensor, *gates: Tensor, reuse: bool = False) -> Tensor:
     if in_graph():
         return y * sum(gates[1:], gates[0]).to(y.dtype)
     if _needs_grad(y, *gates):
-        result: Tensor = _Gate.apply(y, *gates)
+        with sparing(y):
+            result: Tensor = _Gate.apply(y, *gates)
         return result
     in_order = _is_channels_last(y) or y.is_contiguous()
     return _gate(y, gates, y if reuse and in_order else memory.empty_like(y, memory_format=_layout(y)))
@@ -232,11 +358,16 @@ def part_shift(x: Tensor, ahead: int, behind: int, n_segment: int) -> Tensor:
         channel = torch.arange(x.shape[1], device=x.device).view(-1, 1, 1)
         moved = torch.where(channel < ahead + behind, previous(x, n_segment), x)
         return torch.where(channel < ahead, following(x, n_segment), moved) if ahead else moved
-    if _needs_grad(x):
-        result: Tensor = _PartShift.apply(x, ahead, behind, n_segment, False)
-        return result
-    y = memory.empty_like(x, memory_format=_layout(x))
-    return _part_shift(x, slice(0, ahead), slice(ahead, ahead + behind), n_segment, y)
+
+    def shifted(x: Tensor) -> Tensor:
+        y = memory.empty_like(x, memory_format=_layout(x))
+        return _part_shift(x, slice(0, ahead), slice(ahead, ahead + behind), n_segment, y)
+
+    if not _needs_grad(x):
+        return shifted(x)
+    result: Tensor = _PartShift.apply(x, ahead, behind, n_segment, False)
+    result.grad_fn.again = shifted  # type: ignore[union-attr]
+    return result
 
 
 def _part_shift(x: Tensor, to_past: slice, to_future: slice, n_segment: int, y: Tensor) -> Tensor:
@@ -272,6 +403,11 @@ def _products_of_frames(a: Tensor, b: Tensor) -> Tensor:
 
 def _needs_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _is_real(x: Tensor) -> bool:
+    """Whether this is memory with values, and no stand-in."""
+    return type(x) is Tensor and not x.is_meta
 
 
 def _is_channels_last(x: Tensor) -> bool:

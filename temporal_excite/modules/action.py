@@ -201,7 +201,9 @@ class ME(Excitation):
         if self.fast and self.linear:
             with full_precision(x):
                 return self.motion_of_means(passes.nine_means(x), *x.shape[2:])
-        features = self.norm(squeeze(self.squeeze, x) if self.fast else self.squeeze(x))
+        with passes.sparing(x):
+            squeezed = squeeze(self.squeeze, x) if self.fast else self.squeeze(x)
+        features = self.norm(squeezed)
         if self.fast and type(self.transform) is nn.Conv2d:
             with full_precision(x):
                 return self._motion_of_features(passes.nine_means(features), *x.shape[2:])

@@ -1,0 +1,130 @@
+"""Tensors that the backward pass needs and computes again, instead of finding them kept.
+
+A convolution keeps its input for the gradient of its weight. Where a temporal module made that input, this
+would be a full-size tensor beside the module's own input, which the network keeps anyway.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+
+class Again:
+    """How to compute ``y`` once more when a backward pass needs it.
+
+    Args:
+        y: the tensor.
+        compute: gives it again.
+    """
+
+    def __init__(self, y: Tensor, compute: Callable[[], Tensor]) -> None:
+        self._compute = compute
+        self._version = y._version
+        self._owed = self._left = 0  # tensors saved as this; of these, not asked for yet
+        self._value: Tensor | None = None
+
+    def holds(self, y: Tensor) -> bool:
+        """Whether nobody has changed ``y``."""
+        return y._version == self._version
+
+    def changed(self, y: Tensor, function: Callable[[Tensor], Tensor]) -> None:
+        """``y`` is now, in place, ``function`` of what it was, and only what it is now has been saved."""
+        first = self._compute
+        self._compute = lambda: function(first())
+        self._version = y._version
+
+    def instead_of(self, y: Tensor) -> AbstractContextManager:
+        """While entered, autograd keeps this where it would keep ``y``, whatever the shape.
+
+        Everything else is kept as it is, out of reach of hooks around this: enter it for one operation.
+        """
+        if not self.holds(y):
+            return nullcontext()
+        address, size = y.data_ptr(), y.numel()  # not y, which the hooks would keep
+
+        def pack(saved: Tensor) -> tuple[Any, ...]:
+            if saved.data_ptr() != address or saved.numel() != size:
+                return saved, saved._version
+            self._owed += 1
+            return self, saved.shape, saved.stride()
+
+        return saved_tensors_hooks(pack, _unpack)
+
+    def value(self) -> Tensor:
+        """``y``; the same tensor for all that are owed it in one backward pass."""
+        if self._value is None:
+            self._value = self._compute()
+            self._left = self._owed
+        value, self._left = self._value, self._left - 1
+        if self._left < 1:
+            self._value = None
+        return value
+
+
+def _unpack(packed: tuple[Any, ...]) -> Tensor:
+    kept, *rest = packed
+    if isinstance(kept, Again):
+        return kept.value().as_strided(*rest)
+    check_version(kept, rest[0])  # autograd does not look where there are hooks
+    saved: Tensor = kept
+    return saved
+
+
+def check_version(x: Tensor, version: int) -> None:
+    """Raise autograd's ``RuntimeError`` if ``x`` has been changed since it was at ``version``."""
+    if x._version != version:
+        raise RuntimeError(
+            f"a tensor {tuple(x.shape)} needed for the gradient has been modified by an inplace operation: "
+            f"it is at version {x._version}, expected version {version}"
+        )
+
+
+class Input(Tensor):
+    """The input of a layer: its convolution or average pooling keeps ``again`` in its place."""
+
+    again: Again
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        first = args[0] if args else None
+        with torch._C.DisableTorchFunctionSubclass():
+            if isinstance(first, Input) and func in (F.conv2d, F.avg_pool2d):
+                with first.again.instead_of(first):
+                    return func(*args, **(kwargs or {}))
+            return func(*args, **(kwargs or {}))
+
+
+def computing(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
+    """``function(x)``, under the autocast of now. Keeps ``x`` until then."""
+    node: Any = _Kept.apply(x).grad_fn
+    autocast = autocast_of_now(x)
+
+    def compute() -> Tensor:
+        with torch.no_grad(), autocast:
+            return function(*node.saved_tensors)
+
+    return compute
+
+
+class _Kept(torch.autograd.Function):
+    """A node that keeps ``x`` as any node would: hooks, such as those of activation checkpointing, see it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.new_empty(0)
+
+
+def autocast_of_now(x: Tensor) -> AbstractContextManager:
+    """The autocast there is now on the device of ``x``, to be entered later."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind):
+        return nullcontext()
+    return torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))

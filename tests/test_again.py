@@ -1,0 +1,320 @@
+"""What the backward pass computes again is what it would have found kept: gradients, memory, errors."""
+
+import contextlib
+import copy
+import weakref
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+import temporal_excite as te
+from temporal_excite import passes
+from temporal_excite.modules import TemporalModule
+
+MODULES = ("tsm", "shift", "ste", "ce", "me", "action", "te")
+NETWORKS = [("resnet50", "tsm"), ("resnet50", "shift"), ("resnet50", "action"), ("res2net50_26w_4s", "tea")]
+
+
+class Block(nn.Module):
+    """A residual block of one convolution behind the module."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        return x + self.norm(self.conv(x)).relu()
+
+
+te.register_host(Block, loc1="pre:conv", loc2="out:conv", loc4="out:norm")
+
+
+def network(module="action", channels=8, n_segment=4, dtype=torch.float64, **kwargs):
+    """Two blocks, with nothing at a special value."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, channels, 1), Block(channels), Block(channels))
+    te.inject(model, module, n_segment=n_segment, **kwargs)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    return model.to(dtype)
+
+
+def gradients(model, x):
+    """Of the input and all parameters, and the buffers after the step."""
+    x = x.detach().requires_grad_()
+    grads = torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
+    return [*grads, *(b.double() for b in model.buffers())]
+
+
+def kept(model, x):
+    """Bytes kept for backward: each storage once, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    sizes = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = model(x)
+    del out
+    return sum(sizes.values())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    module=st.sampled_from(MODULES),
+    t=st.integers(1, 4),
+    channels=st.integers(4, 9),
+    height=st.integers(1, 5),
+    width=st.integers(1, 5),
+    last=st.booleans(),
+    causal=st.booleans(),
+    training=st.booleans(),
+)
+def test_gradients_are_those_of_the_published_form(
+    module, t, channels, height, width, last, causal, training
+):
+    model = network(module, channels, t, causal=causal).train(training)
+    x = torch.randn(2 * t, 3, height + 1, width, dtype=torch.float64)
+    if last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    plain = te.set_fast(copy.deepcopy(model), False)
+    for found, expected in zip(gradients(model, x), gradients(plain, x), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9 * max(1, expected.abs().max()))
+
+
+@pytest.mark.parametrize(("backbone", "module"), NETWORKS)
+def test_training_keeps_what_the_plain_network_keeps(backbone, module):
+    x = torch.randn(8, 3, 64, 64)
+    plain = kept(timm.create_model(backbone).train(), x)
+    model = te.inject(timm.create_model(backbone), module).train()
+    assert kept(model, x) <= 1.05 * plain
+    assert kept(te.set_fast(model, False), x) > 1.05 * plain
+
+
+@pytest.mark.parametrize(("backbone", "module"), NETWORKS)
+def test_networks_learn_the_same(backbone, module, monkeypatch):
+    x = torch.randn(8, 3, 32, 32)
+    model = te.inject(timm.create_model(backbone), module).train()
+    spared = gradients(copy.deepcopy(model), x)
+    monkeypatch.setattr(passes, "lent", lambda x, y: y)
+    monkeypatch.setattr(passes, "lent_by_norm", lambda norm, x, y: None)
+    for found, expected in zip(spared, gradients(model, x), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_nothing_holds_the_output(monkeypatch):
+    outputs = []
+
+    def watched(x, y, lent=passes.lent):
+        outputs.append(weakref.ref(y))
+        return lent(x, y)
+
+    monkeypatch.setattr(passes, "lent", watched)
+    model = network()
+    loss = model(torch.randn(8, 3, 6, 5, dtype=torch.float64)).sum()
+    assert len(outputs) == 2
+    assert not any(ref() is not None for ref in outputs)
+    loss.backward()
+
+
+@pytest.mark.parametrize("module", ["shift", "ste", "me", "tea_me"])
+def test_twice_and_of_gradients(module):
+    model = network(module, channels=4).eval()
+    plain = te.set_fast(copy.deepcopy(model), False)
+    x = torch.randn(4, 3, 4, 3, dtype=torch.float64, requires_grad=True)
+    results = []
+    for m in (model, plain):
+        loss = m(x).square().sum()
+        once = torch.autograd.grad(loss, list(m.parameters()), retain_graph=True)
+        again = torch.autograd.grad(loss, list(m.parameters()), create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in again), [x, *m.parameters()])
+        for a, b in zip(once, again, strict=True):
+            assert torch.equal(a, b)
+        results.append([*once, *second])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9 * max(1, expected.abs().max()))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(("backbone", "module"), [("resnet18", "action"), ("res2net50_26w_4s", "tea")])
+def test_inside_activation_checkpointing(backbone, module, reentrant):
+    x = torch.randn(8, 3, 32, 32, requires_grad=True)
+    model = te.inject(timm.create_model(backbone), module).train()
+    expected = gradients(copy.deepcopy(model), x)
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = copy.deepcopy(model)
+
+        def forward(self, x):
+            return checkpoint(self.model, x, use_reentrant=reentrant)
+
+    spared = Checkpointed()
+    if reentrant:  # which has no torch.autograd.grad
+        x.grad = None
+        spared(x).square().sum().backward()
+        found = [x.grad, *(p.grad for p in spared.parameters())]
+    else:
+        found = gradients(spared, x)
+        assert kept(spared, x) <= x.nbytes
+    count = 1 + len(list(model.parameters()))  # the norms' statistics move twice
+    for a, b in zip(found[:count], expected[:count], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(1, b.abs().max()))
+
+
+@pytest.mark.parametrize("around", [torch.autograd.graph.save_on_cpu, contextlib.nullcontext])
+def test_hooks_around_see_what_is_kept(around):
+    model, x = network(), torch.randn(8, 3, 6, 5, dtype=torch.float64)
+    expected = gradients(copy.deepcopy(model), x)
+    with around():
+        found = gradients(model, x)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("module", ["shift", "action", "tea_me"])
+def test_backward_outside_of_autocast_runs_again_under_it(module, monkeypatch):
+    x, found = torch.randn(8, 3, 6, 5), []
+    for spare in (True, False):
+        model = network(module, dtype=torch.float32, placement="loc4" if module == "tea_me" else "loc1")
+        if not spare:
+            monkeypatch.setattr(passes, "lent", lambda x, y: y)
+            monkeypatch.setattr(passes, "lent_by_norm", lambda norm, x, y: None)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(x).float().square().sum()
+        loss.backward()
+        found.append([p.grad for p in model.parameters()])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["1.conv.weight", "1.conv.temporal.ste.weight"])
+def test_weights_changed_before_backward_are_an_error(name):
+    model, x = network(), torch.randn(8, 3, 6, 5, dtype=torch.float64, requires_grad=True)
+    loss = model(x).sum()
+    with torch.no_grad():
+        model.get_parameter(name).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("module", ["shift", "action", "me", "tea_me"])
+def test_weights_lent_for_a_call(module):
+    model, x = network(module), torch.randn(8, 3, 6, 5, dtype=torch.float64)
+    plain = te.set_fast(copy.deepcopy(model), False)
+    weights = {name: torch.randn_like(p, requires_grad=True) for name, p in model.named_parameters()}
+    spared, published = (
+        torch.autograd.grad(functional_call(m, weights, x).square().sum(), list(weights.values()))
+        for m in (model, plain)
+    )
+    for a, b in zip(spared, published, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9 * max(1, b.abs().max()))
+
+
+@pytest.mark.parametrize("module", ["action", "me", "tea_me"])
+def test_mode_changed_before_backward(module):
+    model, x = network(module), torch.randn(8, 3, 6, 5, dtype=torch.float64)
+    expected = gradients(copy.deepcopy(model), x)
+    x.requires_grad_()
+    loss = model(x).square().sum()
+    model.eval()
+    for a, b in zip(torch.autograd.grad(loss, [x, *model.parameters()]), expected, strict=False):
+        assert torch.equal(a, b)
+    assert not any(m.training for m in model.modules())
+
+
+def test_what_hooks_make_of_the_input_counts():
+    x = torch.randn(8, 3, 6, 5, dtype=torch.float64)
+    for hook in (lambda layer, args: args[0].mul_(2), lambda layer, args: args[0] * 2):
+        model = network("shift")
+        model[1].conv.register_forward_pre_hook(hook)
+        found = gradients(model, x)
+        model = network("shift")
+        model[1].conv.temporal.register_forward_hook(lambda layer, args, y: y * 2)  # not run again: kept
+        for a, b in zip(found, gradients(model, x), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("module", [te.STE, te.TemporalConv])
+def test_replicas_of_data_parallel_learn(module):
+    """They hold copies of the parameters, which are no parameters of theirs."""
+    source = module(8, 4).double()
+    x = torch.randn(8, 8, 6, 5, dtype=torch.float64, requires_grad=True)
+    replica = source._replicate_for_data_parallel()
+    replica.weight = source.weight.clone()
+    replica._former_parameters = {"weight": replica.weight}
+    found = torch.autograd.grad(replica(x).square().sum(), [x, source.weight])
+    for a, b in zip(found, torch.autograd.grad(source(x).square().sum(), [x, source.weight]), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("module", ["tsm", "shift", "action"])
+def test_input_without_a_gradient(module):
+    model = te.inject(nn.Sequential(Block(8)).double(), module, n_segment=4)
+    x = torch.randn(8, 8, 6, 5, dtype=torch.float64)
+    plain = te.set_fast(copy.deepcopy(model), False)
+    grads = [torch.autograd.grad(m(x).square().sum(), list(m.parameters())) for m in (model, plain)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9 * max(1, b.abs().max()))
+
+
+def test_graph_of_gradients_after_a_pass_without():
+    model, second = network("ste", channels=4).eval(), []
+    x = torch.randn(4, 3, 4, 3, dtype=torch.float64, requires_grad=True)
+    for before in (True, False):
+        loss = model(x).square().sum()
+        if before:  # asks for the input of the convolution alone
+            torch.autograd.grad(loss, model[2].conv.weight, retain_graph=True)
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        second.append(torch.autograd.grad(grad.square().sum(), [x, *model.parameters()]))
+    for a, b in zip(*second, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_own_tea_block_keeps_no_input_of_its_convolutions():
+    block, x = te.TEABlock(64, 256), torch.randn(8, 64, 8, 8)
+    assert kept(block, x) < kept(te.set_fast(block, False), x)
+
+
+def test_modules_of_others_run_once():
+    class Noise(TemporalModule):
+        runs = 0
+
+        def __init__(self, channels, n_segment):
+            super().__init__(channels, n_segment)
+            self.shift = te.TemporalShift(channels, n_segment)
+
+        def forward(self, x):
+            type(self).runs += 1
+            return self.shift(F.dropout(x))
+
+    model = network(Noise)
+    x = torch.randn(8, 3, 6, 5, dtype=torch.float64)
+    loss = model(x).sum()
+    (found,) = torch.autograd.grad(loss, model[1].conv.weight, retain_graph=True)
+    (again,) = torch.autograd.grad(loss, model[1].conv.weight)
+    assert torch.equal(found, again)
+    assert Noise.runs == 2
+
+
+def test_behind_a_norm_that_changes_nothing_is_lost():
+    for training in (True, False):
+        model = network("tea_me", placement="loc4").train(training)
+        x = torch.randn(8, 3, 6, 5, dtype=torch.float64)
+        plain = te.set_fast(copy.deepcopy(model), False)
+        for a, b in zip(gradients(model, x), gradients(plain, x), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9 * max(1, b.abs().max()))
