@@ -31,6 +31,11 @@ def in_graph() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
+def in_compiler() -> bool:
+    """Whether the graph is for a compiler, which fuses what it can, and not for export."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
 def positive_int(name: str, value: int) -> int:
     """``value``, or an error that names it when it is not a whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int):
@@ -142,18 +147,24 @@ def temporal_conv(x: Tensor, weight: Tensor, n_segment: int) -> Tensor:
         clips = to_clips(x.flatten(2), n_segment).transpose(1, 2)  # (N, C, T, H*W)
         y = F.conv2d(clips, weight.unsqueeze(-1), padding=(1, 0), groups=x.shape[1])
         return y.transpose(1, 2).reshape(x.shape)
-    before, now, after = _taps(weight)
+    before, now, after = _taps(weight, _gathered(x))
     return sum_taps(x * before, x * now, x * after, n_segment)
 
 
-def _taps(weight: Tensor) -> Tensor:
+def _taps(weight: Tensor, contiguous: bool) -> Tensor:
     """``(C, 1, 3)`` as ``(3, C, 1, 1)``."""
     taps = weight.view(-1, 3).T
-    if in_graph() and weight.device.type == "cpu":
-        # A product is contiguous; a view the compiler would gather, element by element, in its inner loop
+    if contiguous:  # as a product
         with full_precision(weight):
             taps = torch.eye(3, dtype=weight.dtype) @ taps
     return taps[..., None, None]
+
+
+def _gathered(x: Tensor) -> bool:
+    """Whether a compiler would gather the taps of a view, one by one, in its innermost loop over ``x``, which
+    costs more than a product."""
+    small = in_compiler() and len(x) == 1 and x.numel() <= 1 << 17
+    return in_graph() and x.device.type == "cpu" and not small
 
 
 def causal_conv(now: Tensor, past: Sequence[Tensor], weight: Tensor) -> Tensor:
@@ -167,7 +178,7 @@ def causal_conv(now: Tensor, past: Sequence[Tensor], weight: Tensor) -> Tensor:
     one, two = past
     weight = weight.to(now.dtype)
     if now.ndim == 2:
-        return F.linear(torch.stack([two, one, now], 2).flatten(1), weight.flatten(1))
+        return linear(torch.stack([two, one, now], 2).flatten(1), weight.flatten(1))
     if weight.ndim == 3 and weight.shape[1] == now.shape[1]:
         return F.conv2d(torch.cat([two, one, now], 1), weight.transpose(1, 2).flatten(1)[..., None, None])
     if _countable:
@@ -178,7 +189,7 @@ def causal_conv(now: Tensor, past: Sequence[Tensor], weight: Tensor) -> Tensor:
     if weight.ndim == 4:
         first, second, third = weight.reshape(*now.shape[:2], 3, 1, 1).unbind(2)
     else:
-        first, second, third = _taps(weight)
+        first, second, third = _taps(weight, _gathered(now))
     return (now * third).addcmul_(two, first).addcmul_(one, second)
 
 
@@ -257,7 +268,7 @@ def coefficients(kernel: Tensor, height: int, width: int) -> Tensor:
     often as the kernel has weight, an outer row or column is taken off again with the weight of the taps
     that miss it, and a corner given back where that took it off twice.
     """
-    return _constant(_tap_weights, height, width, kernel) @ kernel.flatten(1).T
+    return linear(_constant(_tap_weights, height, width, kernel), kernel.flatten(1))
 
 
 def _tap_weights(height: int, width: int) -> list[list[float]]:
@@ -300,8 +311,36 @@ def channel_mean(x: Tensor) -> Tensor:
 def pointwise(conv: nn.Module, x: Tensor) -> Tensor:
     """A 1x1 convolution of vectors ``(N, C)``."""
     if type(conv) is nn.Conv2d:  # a matrix product: setting up a convolution takes longer than this one
-        return F.linear(x, conv.weight.flatten(1).to(x.dtype), conv.bias)
+        return linear(x, conv.weight.flatten(1).to(x.dtype), conv.bias)
     return conv(x[..., None, None]).flatten(1)  # quantised, adapted or otherwise replaced
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias`` of vectors ``(N, C)``."""
+    if not _written_out(x) or weight.numel() > 1 << 14:
+        return F.linear(x, weight, bias)
+    y = (x.unsqueeze(1) * weight).sum(2)
+    return y if bias is None else y + bias
+
+
+def conv_to_one(x: Tensor, weight: Tensor) -> Tensor:
+    """A 3x3 convolution of maps ``(N, C, H, W)`` to one channel, zero-padded; for few channels."""
+    if not _written_out(x):
+        return F.conv2d(x, weight, padding=1)
+    height, width = x.shape[2:]
+    padded = F.pad(x, (1, 1, 1, 1))
+    parts = [
+        padded[:, :, i : i + height, j : j + width] * weight[:, :, i, j, None, None]
+        for i in range(3)
+        for j in range(3)
+    ]
+    return sum(parts[1:], parts[0]).sum(1, keepdim=True)
+
+
+def _written_out(x: Tensor) -> bool:
+    """Whether to write a small product as a sum: a compiler fuses it with what is around it, and has it in
+    less time than the call of a product or convolution takes."""
+    return in_compiler() and x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 def squeeze(conv: nn.Module, x: Tensor) -> Tensor:

@@ -147,8 +147,9 @@ def _output_of(node: Any) -> Tensor:
 
 def lent_by_norm(norm: nn.Module, x: Tensor, y: Tensor) -> None:
     """What :func:`sparing` keeps of ``y = norm(x)`` is how to compute it again."""
-    alone = len(norm._forward_hooks) == 1 and not norm._forward_pre_hooks  # with the hook that asks
-    if type(norm) is nn.BatchNorm2d and alone and not in_graph() and _needs_grad(x) and _is_real(y):
+    if in_graph() or type(norm) is not nn.BatchNorm2d or not (_needs_grad(x) and _is_real(y)):
+        return
+    if len(norm._forward_hooks) == 1 and not norm._forward_pre_hooks:  # but for the hook that asks
         y.again = Again(y, computing(_runs_again(norm), x))  # type: ignore[attr-defined]
 
 

@@ -81,7 +81,7 @@ class Stream:
         self.module = StreamStep(model, window)
         """The step as an ``nn.Module``, ``(frames, state) -> (logits, state)``, without the checks: what to
         compile (``stream.module.compile()``, then use the stream as before) or export."""
-        self._plans: dict[tuple[object, ...], dict[str, _Blank]] = {}
+        self._plans: dict[tuple[object, ...], _Blanks] = {}
         self._own: State | None = None
         self._own_shape = torch.Size()
 
@@ -184,21 +184,23 @@ class Stream:
                 f"not a state of this model and window: it lacks {_some(blanks.keys() - state.keys())}, and "
                 f"{_some(state.keys() - blanks.keys())} is foreign; begin with initial_state({batch})"
             )
-        for key, blank in blanks.items():
+        for key, kind in blanks.kinds(batch).items():
             value = state[key]
-            if value.shape[1:] != blank.shape or len(value) != batch:
+            if (value.shape, value.dtype, value.device) == kind:
+                continue
+            blank = blanks[key]
+            if value.shape != (batch, *blank.shape):
                 raise ValueError(
                     f"frames {tuple(frames.shape)} need state[{key!r}] of shape {(batch, *blank.shape)}, got "
                     f"{tuple(value.shape)}: batch and frame size stay what the streams began with; begin "
                     f"others with initial_state({batch}, {tuple(frames.shape[1:])})"
                 )
-            if value.dtype != blank.dtype or value.device != blank.device:
-                raise ValueError(
-                    f"state[{key!r}] is {value.dtype} on {value.device}, and needs to be {blank.dtype} on "
-                    f"{blank.device}: move the state with the model, and keep autocast as it was"
-                )
+            raise ValueError(
+                f"state[{key!r}] is {value.dtype} on {value.device}, and needs to be {blank.dtype} on "
+                f"{blank.device}: move the state with the model, and keep autocast as it was"
+            )
 
-    def _blanks(self, frame_shape: tuple[int, ...]) -> dict[str, "_Blank"]:
+    def _blanks(self, frame_shape: tuple[int, ...]) -> "_Blanks":
         device, dtype = kind_of(self.model)
         key = (frame_shape, device, dtype, *_autocast(device))
         if key not in self._plans:
@@ -265,7 +267,24 @@ class _Blank:
         return zeros.contiguous(memory_format=self.layout)
 
 
-def _plan(module: StreamStep, frame: Tensor) -> dict[str, _Blank]:
+class _Blanks(dict[str, _Blank]):
+    """The initial state of one stream."""
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        super().__init__((key, _Blank.like(value)) for key, value in state.items())
+        self._kinds: dict[int, dict[str, tuple[torch.Size, torch.dtype, torch.device]]] = {}
+
+    def kinds(self, batch: int) -> dict[str, tuple[torch.Size, torch.dtype, torch.device]]:
+        """Shape, dtype and device of the state of ``batch`` streams."""
+        if batch not in self._kinds:
+            self._kinds[batch] = {
+                key: (torch.Size((batch, *blank.shape)), blank.dtype, blank.device)
+                for key, blank in self.items()
+            }
+        return self._kinds[batch]
+
+
+def _plan(module: StreamStep, frame: Tensor) -> _Blanks:
     """The state of one stream of such frames, ``(1, C, H, W)``."""
     step, logits = rehearse(module.model, frame)
     if not isinstance(logits, Tensor) or logits.shape[:1] != (1,):
@@ -278,7 +297,7 @@ def _plan(module: StreamStep, frame: Tensor) -> dict[str, _Blank]:
     if module.window is not None:
         state["recent"] = torch.stack([state["consensus"]] * module.window, dim=1)
     module.copied = (module.copied or frozenset()) | step.changed(frame)
-    return {key: _Blank.like(value) for key, value in (state | step.left).items()}
+    return _Blanks(state | step.left)
 
 
 def _check_causal(model: nn.Module) -> None:

@@ -18,9 +18,11 @@ from ..ops import (
     causal_conv,
     channel_mean,
     coefficients,
+    conv_to_one,
     following,
     full_precision,
     in_graph,
+    linear,
     pointwise,
     positive_int,
     previous,
@@ -97,7 +99,7 @@ class STE(Excitation):
                 frames = [two, one, mean]
             else:
                 frames = [previous(mean, self.n_segment), mean, following(mean, self.n_segment)]
-            return F.conv2d(torch.cat(frames, dim=1), weight, padding=1).sigmoid()
+            return conv_to_one(torch.cat(frames, dim=1), weight).sigmoid()
 
 
 class CE(Excitation):
@@ -226,7 +228,7 @@ class ME(Excitation):
         """The pooled motion F of frames of that size whose :func:`~.ops.nine_means` are ``means``; to be
         called without autocast."""
         # a mean over any positions passes the squeeze and the norm like a pixel
-        features = F.linear(means.flatten(0, 1), self.squeeze.weight.flatten(1).to(means.dtype))
+        features = linear(means.flatten(0, 1), self.squeeze.weight.flatten(1).to(means.dtype))
         if not isinstance(self.norm, nn.Identity):
             features = _normalise(self.norm, features)
         return self._motion_of_features(features.view(*means.shape[:2], -1), height, width)
