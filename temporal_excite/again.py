@@ -95,10 +95,14 @@ class Input(Tensor):
     ) -> Any:
         first = args[0] if args else None
         with torch._C.DisableTorchFunctionSubclass():
-            if isinstance(first, Input) and func in (F.conv2d, F.avg_pool2d):
-                with first.again.instead_of(first):
-                    return func(*args, **(kwargs or {}))
-            return func(*args, **(kwargs or {}))
+            again = getattr(first, "again", None)  # a copy has none
+            if again is None or func not in (F.conv2d, F.avg_pool2d):
+                return func(*args, **(kwargs or {}))
+            with again.instead_of(first):
+                return func(*args, **(kwargs or {}))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
 
 def computing(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:

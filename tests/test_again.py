@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import temporal_excite as te
 from temporal_excite import passes
+from temporal_excite.hosts import blocks
 from temporal_excite.modules import TemporalModule
 
 MODULES = ("tsm", "shift", "ste", "ce", "me", "action", "te")
@@ -34,7 +35,13 @@ class Block(nn.Module):
         return x + self.norm(self.conv(x)).relu()
 
 
-te.register_host(Block, loc1="pre:conv", loc2="out:conv", loc4="out:norm")
+@pytest.fixture(scope="module", autouse=True)
+def _block_is_known():
+    before = blocks.known_hosts()
+    te.register_host(Block, loc1="pre:conv", loc2="out:conv", loc4="out:norm")
+    yield
+    blocks._HOSTS.clear()
+    blocks._HOSTS.update(before)
 
 
 def network(module="action", channels=8, n_segment=4, dtype=torch.float64, **kwargs):
@@ -288,6 +295,23 @@ def test_graph_of_gradients_after_a_pass_without():
 def test_own_tea_block_keeps_no_input_of_its_convolutions():
     block, x = te.TEABlock(64, 256), torch.randn(8, 64, 8, 8)
     assert kept(block, x) < kept(te.set_fast(block, False), x)
+
+
+def test_an_input_taken_by_a_hook_is_an_ordinary_tensor(tmp_path):
+    model, taken = network("shift"), []
+    model[1].conv.register_forward_hook(lambda layer, args, output: taken.append(args[0]))
+    model[1].conv.register_full_backward_hook(lambda layer, grads, _: taken.append(grads[0]))
+    x = torch.randn(8, 3, 6, 5, dtype=torch.float64)
+    expected = gradients(network("shift"), x)
+    for a, b in zip(gradients(model, x), expected, strict=True):
+        assert torch.equal(a, b)
+    y, grad = taken
+    assert y.shape == grad.shape
+    assert type(y * 2) is type(torch.cat([y, y])) is type(y.detach()) is torch.Tensor
+    torch.save(y, tmp_path / "y.pt")
+    loaded = torch.load(tmp_path / "y.pt", weights_only=True)
+    assert type(loaded) is torch.Tensor
+    assert torch.equal(loaded, y)
 
 
 def test_modules_of_others_run_once():
