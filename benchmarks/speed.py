@@ -15,7 +15,7 @@ from pathlib import Path
 import timm
 import torch
 from as_published import use_published_forms
-from timing import ratio, seconds
+from timing import layout, ratio, seconds
 from torch import nn
 
 import temporal_excite as te
@@ -62,9 +62,9 @@ def networks(options: argparse.Namespace) -> dict[str, nn.Module]:
             model = te.inject(timm.create_model(options.backbone), name, n_segment=options.frames, **kwargs)
             if label == name or use_published_forms(model):
                 found[label] = model
-    layout = torch.channels_last if options.channels_last else torch.contiguous_format
     return {
-        label: m.train(options.train).to(options.device, memory_format=layout) for label, m in found.items()
+        label: m.train(options.train).to(options.device, memory_format=layout(options))
+        for label, m in found.items()
     }
 
 
@@ -72,8 +72,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, float | str]]:
     """One row a network; the repeats of all are interleaved."""
     models = networks(options)
     x = torch.randn(options.frames * options.clips, 3, options.size, options.size, device=options.device)
-    if options.channels_last:
-        x = x.to(memory_format=torch.channels_last)
+    x = x.to(memory_format=layout(options))
     device = torch.device(options.device)
 
     def step(model: nn.Module) -> float:

@@ -16,7 +16,7 @@ from functools import partial
 
 import timm
 import torch
-from timing import ratio, seconds
+from timing import layout, ratio, seconds
 from torch import nn
 
 import temporal_excite as te
@@ -36,10 +36,6 @@ def networks(backbone: str, options: argparse.Namespace) -> tuple[nn.Module, dic
         for module in (plain, *(stream.module for stream in found.values())):
             module.compile(dynamic=False)
     return plain, found
-
-
-def layout(options: argparse.Namespace) -> torch.memory_format:
-    return torch.channels_last if options.channels_last else torch.contiguous_format
 
 
 def steps(stream: te.Stream, frames: torch.Tensor) -> Callable[[], None]:

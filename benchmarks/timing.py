@@ -1,10 +1,16 @@
 """What the timing scripts share."""
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+
+
+def layout(options: argparse.Namespace) -> torch.memory_format:
+    """What ``--channels-last`` asks for."""
+    return torch.channels_last if options.channels_last else torch.contiguous_format
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
