@@ -28,10 +28,6 @@ class Again:
         self._owed = self._left = 0  # tensors saved as this; of these, not asked for yet
         self._value: Tensor | None = None
 
-    def holds(self, y: Tensor) -> bool:
-        """Whether nobody has changed ``y``."""
-        return y._version == self._version
-
     def changed(self, y: Tensor, function: Callable[[Tensor], Tensor]) -> None:
         """``y`` is now, in place, ``function`` of what it was, and only what it is now has been saved."""
         first = self._compute
@@ -43,8 +39,6 @@ class Again:
 
         Everything else is kept as it is, out of reach of hooks around this: enter it for one operation.
         """
-        if not self.holds(y):
-            return nullcontext()
         address, size = y.data_ptr(), y.numel()  # not y, which the hooks would keep
 
         def pack(saved: Tensor) -> tuple[Any, ...]:
@@ -54,6 +48,12 @@ class Again:
             return self, saved.shape, saved.stride()
 
         return saved_tensors_hooks(pack, _unpack)
+
+    @staticmethod
+    def of(y: Any) -> "Again | None":
+        """How to compute ``y`` again, where that is known and nobody has changed it since."""
+        again: Again | None = getattr(y, "again", None)
+        return again if again and again._version == y._version else None
 
     def value(self) -> Tensor:
         """``y``; the same tensor for all that are owed it in one backward pass."""
@@ -93,12 +93,10 @@ class Input(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        first = args[0] if args else None
+        first: Any = args[0] if args else None
         with torch._C.DisableTorchFunctionSubclass():
-            again = getattr(first, "again", None)  # a copy has none
-            if again is None or func not in (F.conv2d, F.avg_pool2d):
-                return func(*args, **(kwargs or {}))
-            with again.instead_of(first):
+            again = Again.of(first) if func in (F.conv2d, F.avg_pool2d) else None
+            with again.instead_of(first) if again else nullcontext():
                 return func(*args, **(kwargs or {}))
 
     def __reduce_ex__(self, protocol: Any) -> Any:

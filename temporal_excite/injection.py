@@ -46,8 +46,7 @@ class _Hook:
 
 class _Before(_Hook):
     def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        given = self.run(layer, args[0])
-        return (given if self.nhwc else passes.lent(args[0], given), *args[1:])
+        return (passes.lent(args[0], self.run(layer, args[0])), *args[1:])
 
 
 class _After(_Hook):

@@ -147,24 +147,19 @@ def temporal_conv(x: Tensor, weight: Tensor, n_segment: int) -> Tensor:
         clips = to_clips(x.flatten(2), n_segment).transpose(1, 2)  # (N, C, T, H*W)
         y = F.conv2d(clips, weight.unsqueeze(-1), padding=(1, 0), groups=x.shape[1])
         return y.transpose(1, 2).reshape(x.shape)
-    before, now, after = _taps(weight, _gathered(x))
+    before, now, after = _taps(weight, x)
     return sum_taps(x * before, x * now, x * after, n_segment)
 
 
-def _taps(weight: Tensor, contiguous: bool) -> Tensor:
-    """``(C, 1, 3)`` as ``(3, C, 1, 1)``."""
+def _taps(weight: Tensor, x: Tensor) -> Tensor:
+    """``(C, 1, 3)`` as ``(3, C, 1, 1)``, to be multiplied with ``x``."""
     taps = weight.view(-1, 3).T
-    if contiguous:  # as a product
+    if in_graph() and x.device.type == "cpu" and not (in_compiler() and len(x) == 1 and x.numel() <= 1 << 17):
+        # A product is contiguous; a view the compiler would gather, element by element, in its inner loop,
+        # which costs less only where the loop is short
         with full_precision(weight):
             taps = torch.eye(3, dtype=weight.dtype) @ taps
     return taps[..., None, None]
-
-
-def _gathered(x: Tensor) -> bool:
-    """Whether a compiler would gather the taps of a view, one by one, in its innermost loop over ``x``, which
-    costs more than a product."""
-    small = in_compiler() and len(x) == 1 and x.numel() <= 1 << 17
-    return in_graph() and x.device.type == "cpu" and not small
 
 
 def causal_conv(now: Tensor, past: Sequence[Tensor], weight: Tensor) -> Tensor:
@@ -189,7 +184,7 @@ def causal_conv(now: Tensor, past: Sequence[Tensor], weight: Tensor) -> Tensor:
     if weight.ndim == 4:
         first, second, third = weight.reshape(*now.shape[:2], 3, 1, 1).unbind(2)
     else:
-        first, second, third = _taps(weight, _gathered(now))
+        first, second, third = _taps(weight, now)
     return (now * third).addcmul_(two, first).addcmul_(one, second)
 
 

@@ -155,7 +155,7 @@ def lent_by_norm(norm: nn.Module, x: Tensor, y: Tensor) -> None:
 
 def sparing(y: Tensor) -> AbstractContextManager:
     """While entered, ``y`` is not kept for backward if it can be computed again. For one operation."""
-    again = None if in_graph() else getattr(y, "again", None)
+    again = None if in_graph() else Again.of(y)
     return again.instead_of(y) if again else nullcontext()
 
 
@@ -166,12 +166,11 @@ class ReLU(nn.ReLU):
         super().__init__(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        again = None if in_graph() else getattr(x, "again", None)
-        if not again or not again.holds(x):
-            return super().forward(x)
-        with again.instead_of(x):
+        again = None if in_graph() else Again.of(x)
+        with sparing(x):
             y = super().forward(x)
-        again.changed(y, torch.relu_)
+        if again:
+            again.changed(y, torch.relu_)
         return y
 
 

@@ -184,21 +184,19 @@ class Stream:
                 f"not a state of this model and window: it lacks {_some(blanks.keys() - state.keys())}, and "
                 f"{_some(state.keys() - blanks.keys())} is foreign; begin with initial_state({batch})"
             )
-        for key, kind in blanks.kinds(batch).items():
+        for key, (shape, dtype, device) in blanks.kinds(batch).items():
             value = state[key]
-            if (value.shape, value.dtype, value.device) == kind:
-                continue
-            blank = blanks[key]
-            if value.shape != (batch, *blank.shape):
+            if value.shape != shape:
                 raise ValueError(
-                    f"frames {tuple(frames.shape)} need state[{key!r}] of shape {(batch, *blank.shape)}, got "
+                    f"frames {tuple(frames.shape)} need state[{key!r}] of shape {tuple(shape)}, got "
                     f"{tuple(value.shape)}: batch and frame size stay what the streams began with; begin "
                     f"others with initial_state({batch}, {tuple(frames.shape[1:])})"
                 )
-            raise ValueError(
-                f"state[{key!r}] is {value.dtype} on {value.device}, and needs to be {blank.dtype} on "
-                f"{blank.device}: move the state with the model, and keep autocast as it was"
-            )
+            if value.dtype != dtype or value.device != device:
+                raise ValueError(
+                    f"state[{key!r}] is {value.dtype} on {value.device}, and needs to be {dtype} on "
+                    f"{device}: move the state with the model, and keep autocast as it was"
+                )
 
     def _blanks(self, frame_shape: tuple[int, ...]) -> "_Blanks":
         device, dtype = kind_of(self.model)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from speed import saved_bytes
 from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
@@ -62,23 +63,6 @@ def gradients(model, x):
     return [*grads, *(b.double() for b in model.buffers())]
 
 
-def kept(model, x):
-    """Bytes kept for backward: each storage once, parameters left out."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    sizes = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = model(x)
-    del out
-    return sum(sizes.values())
-
-
 @settings(max_examples=40, deadline=None)
 @given(
     module=st.sampled_from(MODULES),
@@ -105,10 +89,10 @@ def test_gradients_are_those_of_the_published_form(
 @pytest.mark.parametrize(("backbone", "module"), NETWORKS)
 def test_training_keeps_what_the_plain_network_keeps(backbone, module):
     x = torch.randn(8, 3, 64, 64)
-    plain = kept(timm.create_model(backbone).train(), x)
+    plain = saved_bytes(timm.create_model(backbone).train(), x)
     model = te.inject(timm.create_model(backbone), module).train()
-    assert kept(model, x) <= 1.05 * plain
-    assert kept(te.set_fast(model, False), x) > 1.05 * plain
+    assert saved_bytes(model, x) <= 1.05 * plain
+    assert saved_bytes(te.set_fast(model, False), x) > 1.05 * plain
 
 
 @pytest.mark.parametrize(("backbone", "module"), NETWORKS)
@@ -177,14 +161,14 @@ def test_inside_activation_checkpointing(backbone, module, reentrant):
         found = [x.grad, *(p.grad for p in spared.parameters())]
     else:
         found = gradients(spared, x)
-        assert kept(spared, x) <= x.nbytes
+        assert saved_bytes(spared, x) <= x.nbytes
     count = 1 + len(list(model.parameters()))  # the norms' statistics move twice
     for a, b in zip(found[:count], expected[:count], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(1, b.abs().max()))
 
 
 @pytest.mark.parametrize("around", [torch.autograd.graph.save_on_cpu, contextlib.nullcontext])
-def test_hooks_around_see_what_is_kept(around):
+def test_hooks_around_see_what_is_saved_bytes(around):
     model, x = network(), torch.randn(8, 3, 6, 5, dtype=torch.float64)
     expected = gradients(copy.deepcopy(model), x)
     with around():
@@ -294,7 +278,7 @@ def test_graph_of_gradients_after_a_pass_without():
 
 def test_own_tea_block_keeps_no_input_of_its_convolutions():
     block, x = te.TEABlock(64, 256), torch.randn(8, 64, 8, 8)
-    assert kept(block, x) < kept(te.set_fast(block, False), x)
+    assert saved_bytes(block, x) < saved_bytes(te.set_fast(block, False), x)
 
 
 def test_an_input_taken_by_a_hook_is_an_ordinary_tensor(tmp_path):
