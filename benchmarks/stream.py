@@ -1,16 +1,18 @@
 """Latency of one step of a stream: causal networks beside the plain backbone on one frame.
 
 python benchmarks/stream.py [--backbone NAME ..] [--modules NAME ..] [--batch N ..] [--compile]
-    [--channels-last] [--device cuda] [--repeats 100] [--json FILE]
+    [--ahead] [--channels-last] [--device cuda] [--repeats 100] [--json FILE]
 
 A step takes one frame of each of N streams. The steps of all networks are interleaved; p50 and p95 are over
 the repeats, a ratio is the median over the repeats of the ratio to the plain one, and streams/s is N / p50:
 divided by the frames a second of a stream, the number of streams that fit. The state is that of one stream.
+--ahead compiles all networks ahead of time, to libraries that need no Python inside.
 """
 
 import argparse
 import json
 import statistics
+import tempfile
 from collections.abc import Callable
 from functools import partial
 
@@ -18,6 +20,7 @@ import timm
 import torch
 from timing import layout, ratio, seconds
 from torch import nn
+from torch._inductor import aoti_compile_and_package, aoti_load_package
 
 import temporal_excite as te
 
@@ -36,6 +39,15 @@ def networks(backbone: str, options: argparse.Namespace) -> tuple[nn.Module, dic
         for module in (plain, *(stream.module for stream in found.values())):
             module.compile(dynamic=False)
     return plain, found
+
+
+def compile_ahead(module: nn.Module, *inputs: object) -> None:
+    """Let the module run as a library made for such inputs."""
+    vars(module).pop("forward", None)  # the library for other inputs
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        program = torch.export.export(module, inputs)
+        path = aoti_compile_and_package(program, package_path=f"{folder}/network.pt2")
+        module.forward = aoti_load_package(path)
 
 
 def steps(stream: te.Stream, frames: torch.Tensor) -> Callable[[], None]:
@@ -57,6 +69,10 @@ def measure(backbone: str, options: argparse.Namespace) -> list[Row]:
     for batch in options.batch:
         frames = torch.randn(batch, 3, options.size, options.size, device=device)
         frames = frames.to(memory_format=layout(options))
+        if options.ahead:
+            compile_ahead(plain, frames)
+            for stream in found.values():
+                compile_ahead(stream.module, frames, stream.initial_state(batch, frames.shape[1:]))
         calls: dict[str, Callable[[], object]] = {"plain": torch.no_grad()(partial(plain, frames))}
         calls |= {label: steps(stream, frames) for label, stream in found.items()}
         for call in calls.values():  # warm up
@@ -88,8 +104,10 @@ def main() -> None:
     parser.add_argument("--backbone", nargs="+", default=["resnet50", "mobilenetv2_100"])
     parser.add_argument("--modules", nargs="+", default=["tsm", "shift", "ste", "ce", "me", "action"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1], help="numbers of streams in a step")
-    for flag in ("--compile", "--channels-last"):
-        parser.add_argument(flag, action="store_true")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--compile", action="store_true")
+    how.add_argument("--ahead", action="store_true")
+    parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--repeats", type=int, default=100)

@@ -77,18 +77,18 @@ class Stream:
             model = model.model
         _check_causal(model)
         check_evaluating(model)
+        self.model = model
+        """The network."""
         self.window = window
         self.module = StreamStep(model, window)
         """The step as an ``nn.Module``, ``(frames, state) -> (logits, state)``, without the checks: what to
         compile (``stream.module.compile()``, then use the stream as before) or export."""
+        # found once: a search in each step, with none of it in the caches by then, shows in the latency
+        owned = ((m._parameters, name) for m in model.modules() for name in m._parameters)
+        self._first = next(((own, name) for own, name in owned if own[name] is not None), None)
         self._plans: dict[tuple[object, ...], _Blanks] = {}
         self._own: State | None = None
         self._own_shape = torch.Size()
-
-    @property
-    def model(self) -> nn.Module:
-        """The network."""
-        return self.module.model
 
     def __call__(self, frames: Tensor) -> StreamOutput:
         """One frame of each stream; the first call says how many there are, and of which size.
@@ -171,7 +171,7 @@ class Stream:
         if not isinstance(frames, Tensor) or frames.ndim != 4 or not len(frames):
             found = tuple(frames.shape) if isinstance(frames, Tensor) else type(frames).__name__
             raise ValueError(f"expected frames (B, 3, H, W), one of each stream, got {found}")
-        device, dtype = kind_of(self.model)
+        device, dtype = self._kind()
         if frames.device != device:
             raise ValueError(f"frames are on {frames.device}, the model is on {device}: move one of them")
         if not frames.is_floating_point() or (frames.dtype != dtype and not _autocast(device)[0]):
@@ -198,8 +198,13 @@ class Stream:
                     f"{device}: move the state with the model, and keep autocast as it was"
                 )
 
+    def _kind(self) -> tuple[torch.device, torch.dtype]:
+        """:func:`~.past.kind_of` the model."""
+        like = self._first and self._first[0].get(self._first[1])
+        return kind_of(self.model) if like is None else (like.device, like.dtype)
+
     def _blanks(self, frame_shape: tuple[int, ...]) -> "_Blanks":
-        device, dtype = kind_of(self.model)
+        device, dtype = self._kind()
         key = (frame_shape, device, dtype, *_autocast(device))
         if key not in self._plans:
             self._plans[key] = _plan(self.module, blank_frame(self.model, frame_shape))

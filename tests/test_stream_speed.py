@@ -1,10 +1,13 @@
 """benchmarks/stream.py: that it steps, and what it reports."""
 
 import json
+import shutil
 
 import pytest
 import stream
+import test_causal
 import timm
+from test_stream import frames, relative, run
 
 import temporal_excite as te
 
@@ -48,6 +51,20 @@ def state_bytes(network: str) -> int:
         return 0
     model = te.inject(timm.create_model("resnet10t").eval(), network, causal=True)
     return sum(s.state_bytes for s in te.sites(model, frame_shape=(3, 32, 32))) + 8 + 4 * 1000
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="the compiler writes C++")
+def test_compiled_ahead():
+    """The same values, under the stream's checks."""
+    model, _ = test_causal.network("action")
+    live, video = te.Stream(model, window=3), frames(2, 4)
+    want = run(live, video)
+    stream.compile_ahead(live.module, video[0], live.initial_state(2, (3, 32, 32)))
+    model.forward = None  # not run any more
+    assert relative(run(live, video), want) < 1e-12
+    with pytest.raises(ValueError, match="batch and frame size"):
+        live.step(video[0][:1], live.initial_state(2, (3, 32, 32)))
 
 
 def test_wrong_options(monkeypatch, capsys):
