@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from .ops import autocast_dtype
+
 
 class Again:
     """How to compute ``y`` once more when a backward pass needs it.
@@ -129,4 +131,5 @@ def autocast_of_now(x: Tensor) -> AbstractContextManager:
     kind = x.device.type
     if not torch.amp.is_autocast_available(kind):
         return nullcontext()
-    return torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+    dtype = autocast_dtype(kind)
+    return torch.autocast(kind, dtype, enabled=dtype is not None)

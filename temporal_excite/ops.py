@@ -351,9 +351,14 @@ def squeeze(conv: nn.Module, x: Tensor) -> Tensor:
     return torch.bmm(weight, x.flatten(2)).unflatten(2, x.shape[2:])
 
 
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """The dtype of the autocast there is now on devices of that kind, or None."""
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
 def full_precision(x: Tensor) -> AbstractContextManager:
     """No autocast on the device of ``x``: for operations on pooled values, where rounding would show."""
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()
+    return nullcontext() if autocast_dtype(kind) is None else torch.autocast(kind, enabled=False)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .classifier import VideoClassifier
 from .injection import sites
 from .modules.base import TemporalModule, is_causal
-from .ops import positive_int
+from .ops import autocast_dtype, positive_int
 from .past import Step, blank_frame, check_evaluating, kind_of, rehearse
 
 State = dict[str, Tensor]
@@ -174,7 +174,7 @@ class Stream:
         device, dtype = self._kind()
         if frames.device != device:
             raise ValueError(f"frames are on {frames.device}, the model is on {device}: move one of them")
-        if not frames.is_floating_point() or (frames.dtype != dtype and not _autocast(device)[0]):
+        if not frames.is_floating_point() or (frames.dtype != dtype and not autocast_dtype(device.type)):
             raise ValueError(f"frames are {frames.dtype}, the model {dtype}: convert (and normalise) them")
 
     def _check_state(self, frames: Tensor, state: Mapping[str, Tensor]) -> None:
@@ -205,7 +205,7 @@ class Stream:
 
     def _blanks(self, frame_shape: tuple[int, ...]) -> "_Blanks":
         device, dtype = self._kind()
-        key = (frame_shape, device, dtype, *_autocast(device))
+        key = (frame_shape, device, dtype, autocast_dtype(device.type))
         if key not in self._plans:
             self._plans[key] = _plan(self.module, blank_frame(self.model, frame_shape))
         return self._plans[key]
@@ -323,12 +323,6 @@ def _frame_shape(model: nn.Module, given: Sequence[int] | None) -> tuple[int, ..
                 f"{type(model).__name__} has no default_cfg that tells a frame's size: pass frame_shape"
             )
     return tuple(given)
-
-
-def _autocast(device: torch.device) -> tuple[bool, torch.dtype | None]:
-    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
-        return False, None
-    return True, torch.get_autocast_dtype(device.type)
 
 
 def _reset(state: Mapping[str, Tensor], index: Index | None) -> State:
