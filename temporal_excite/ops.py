@@ -295,12 +295,17 @@ def spatial_mean(x: Tensor) -> Tensor:
     """``x.mean((2, 3))`` of ``(N, C, H, W)``, in float32 at least."""
     if _countable:
         return F.adaptive_avg_pool2d(x, 1).flatten(1)
-    return x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
+    return _sum(x, (2, 3)) / (x.shape[2] * x.shape[3])
 
 
 def channel_mean(x: Tensor) -> Tensor:
     """``x.mean(1, keepdim=True)``, in float32 at least."""
-    return x.mean(1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return _sum(x, (1,), keepdim=True) / x.shape[1]
+
+
+def _sum(x: Tensor, dims: tuple[int, ...], keepdim: bool = False) -> Tensor:
+    # divided afterwards: the gradient of a mean is divided at its full size
+    return x.sum(dims, keepdim=keepdim, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def pointwise(conv: nn.Module, x: Tensor) -> Tensor:

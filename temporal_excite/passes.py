@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -215,12 +214,6 @@ def _temporal_conv(
     weight = weight.to(x.dtype)
     if _is_channels_last(x):
         x = x.contiguous(memory_format=torch.channels_last)  # a slice becomes a copy
-        if not offset and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
-            frames = to_clips(x.permute(0, 2, 3, 1).flatten(1, 2), n_segment).permute(0, 3, 1, 2)
-            with ops.full_precision(x):  # of an image (N, C, T, H * W)
-                y = F.conv2d(frames, weight.unsqueeze(-1), padding=(1, 0), groups=x.shape[1])
-            # no view: what follows may change it in place
-            return y.contiguous(memory_format=torch.channels_last).as_strided_(x.shape, x.stride())
         # rows of W * C: a loop over C alone would be too short
         y = empty_like(x, memory_format=torch.channels_last)
         source, target = (t.permute(0, 2, 3, 1).flatten(2) for t in (x, y))
@@ -255,10 +248,8 @@ class _TemporalConv(torch.autograd.Function):
         if ctx.needs_input_grad[0]:  # the adjoint convolution: taps in reverse order
             grad_x = _TemporalConv.apply(grad, weight.flip(-1), n_segment, -offset)
         if ctx.needs_input_grad[1]:
-            clips = zip(to_clips(grad.flatten(2), n_segment), to_clips(x.flatten(2), n_segment), strict=True)
-            products = torch.stack([_products_of_frames(*pair) for pair in clips]).sum(0)
-            taps = [products.diagonal(d, 1, 2).sum(-1) for _, d in _steps(offset)]
-            grad_weight = torch.stack(taps, -1).unsqueeze(1).to(weight.dtype)
+            sums = _sums_of_pixels if _is_channels_last(x) else _sums_of_maps
+            grad_weight = sums(grad, x, n_segment, offset).unsqueeze(1).to(weight.dtype)
         return grad_x, grad_weight, None, None
 
 
@@ -395,10 +386,29 @@ class _PartShift(torch.autograd.Function):
         return _PartShift.apply(grad, *ctx.options), None, None, None, None
 
 
-def _products_of_frames(a: Tensor, b: Tensor) -> Tensor:
-    """``out[c, t, s] = sum_p a[t, c, p] b[s, c, p]``, in float32 at least: all taps' sums in one product."""
-    wide = torch.promote_types(a.dtype, torch.float32)
-    return torch.bmm(a.to(wide).transpose(0, 1), b.to(wide).permute(1, 2, 0))
+def _sums_of_maps(grad: Tensor, x: Tensor, n_segment: int, offset: int) -> Tensor:
+    """What a depthwise temporal convolution's weight gets, ``(C, 3)``, in float32 at least:
+    ``out[c, k] = sum_tp grad[t, c, p] x[t + d_k, c, p]``. All frames with all frames in one product."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    clips = zip(*(to_clips(t.flatten(2), n_segment) for t in (grad, x)), strict=True)
+    products = [torch.bmm(a.to(wide).transpose(0, 1), b.to(wide).permute(1, 2, 0)) for a, b in clips]
+    total = torch.stack(products).sum(0)
+    return torch.stack([total.diagonal(d, 1, 2).sum(-1) for _, d in _steps(offset)], -1)
+
+
+def _sums_of_pixels(grad: Tensor, x: Tensor, n_segment: int, offset: int) -> Tensor:
+    """The same in channels_last, where a product would copy the matrix of each channel."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    a, b = (to_clips(t.permute(0, 2, 3, 1).flatten(1, 2), n_segment) for t in (grad, x))
+    step = max(1, _frames_per_block(x) // len(a))
+    taps = []
+    for _, d in _steps(offset):
+        first, last = max(0, -d), min(n_segment, n_segment - d)
+        blocks = [slice(at, min(at + step, last)) for at in range(first, last, step)]
+        ahead = [slice(block.start + d, block.stop + d) for block in blocks]
+        sums = [(a[:, i].to(wide) * b[:, j]).sum((0, 1, 2)) for i, j in zip(blocks, ahead, strict=True)]
+        taps.append(sum(sums, b.new_zeros(b.shape[-1], dtype=wide)))
+    return torch.stack(taps, -1)
 
 
 def _needs_grad(*tensors: Tensor) -> bool:

@@ -132,6 +132,22 @@ def test_temporal_convolution_in_channels_last(shape, causal):
         assert torch.equal(passes.temporal_conv(x, weight, 3, causal), found)
 
 
+@pytest.mark.parametrize("block", [1, passes._BLOCK])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("n_segment", [1, 2, 6])
+def test_gradients_of_temporal_convolution_in_channels_last(n_segment, causal, block, monkeypatch):
+    monkeypatch.setattr(passes, "_BLOCK", block)
+    x, weight = frames((12, 5, 4, 3), "contiguous"), torch.randn(5, 1, 3, dtype=torch.float64)
+    upstream, found = torch.randn_like(x), []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        leaves = [x.clone(memory_format=layout).requires_grad_(), weight.clone().requires_grad_()]
+        y = passes.temporal_conv(*leaves, n_segment, causal)
+        first = torch.autograd.grad(y, leaves, upstream, create_graph=True)
+        found.append([*first, *torch.autograd.grad(first[1].square().sum(), leaves, allow_unused=True)])
+    for contiguous, last in zip(*found, strict=True):
+        assert contiguous is last is None or relative(last, contiguous) < 1e-12
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["action", "ste", "ce", "me"])
 def test_half_precision_errs_no_more_than_the_published_form(name, dtype):
