@@ -404,10 +404,8 @@ def _sums_of_pixels(grad: Tensor, x: Tensor, n_segment: int, offset: int) -> Ten
     taps = []
     for _, d in _steps(offset):
         first, last = max(0, -d), min(n_segment, n_segment - d)
-        blocks = [slice(at, min(at + step, last)) for at in range(first, last, step)]
-        ahead = [slice(block.start + d, block.stop + d) for block in blocks]
-        sums = [(a[:, i].to(wide) * b[:, j]).sum((0, 1, 2)) for i, j in zip(blocks, ahead, strict=True)]
-        taps.append(sum(sums, b.new_zeros(b.shape[-1], dtype=wide)))
+        blocks = zip(a[:, first:last].split(step, 1), b[:, first + d : last + d].split(step, 1), strict=True)
+        taps.append(torch.stack([(g.to(wide) * f).sum((0, 1, 2)) for g, f in blocks]).sum(0))
     return torch.stack(taps, -1)
 
 

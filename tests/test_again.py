@@ -168,7 +168,7 @@ def test_inside_activation_checkpointing(backbone, module, reentrant):
 
 
 @pytest.mark.parametrize("around", [torch.autograd.graph.save_on_cpu, contextlib.nullcontext])
-def test_hooks_around_see_what_is_saved_bytes(around):
+def test_hooks_around_see_what_is_kept(around):
     model, x = network(), torch.randn(8, 3, 6, 5, dtype=torch.float64)
     expected = gradients(copy.deepcopy(model), x)
     with around():
