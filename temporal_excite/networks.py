@@ -91,7 +91,9 @@ def tea(
         if scale not in (None, host.scale):
             raise ValueError(f"{_name(block)} has scale {host.scale}; scale={scale} would need other weights")
         if me:
-            plan.append(_behind_relu(block, "me", {"me": excite(host.width * host.scale)}))
+            excitation = excite(host.width * host.scale)
+            excitation.overwrites = True  # the ReLU in front is its own
+            plan.append(_behind_relu(block, "me", {"me": excitation}))
         start = "identity" if form == "released" else "shift"
         for i in range(len(host.convs)):
             shift = TemporalConv(host.width, n_segment, init=start, causal=causal)
@@ -104,6 +106,7 @@ def tea(
             else:
                 # nothing acts on the last part alone: drop_block (mostly an identity) has all parts joined
                 last = PartConv(host.width * host.scale, n_segment, width=host.width, causal=causal)
+                last.overwrites = True
                 plan.append(Insertion(block, "pre:drop_block", label, last))
     return plan
 

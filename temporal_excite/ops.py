@@ -226,11 +226,12 @@ def nine_means(x: Tensor) -> Tensor:
         means = [lines.mean(2), lines[..., 0], lines[..., -1]]
         means += [x[..., j].mean(2, dtype=kind) for j in (0, -1)]
         return torch.stack(means + [x[:, :, i, j] for i in (0, -1) for j in (0, -1)])
-    if x.device.type == "cpu" and x.numel() <= 1 << 18 and height * width <= 1 << 12:  # one matrix product
+    # by frames one matrix product, where gathering the edges takes longer
+    small = x.numel() <= 1 << 20 or (x.dtype == kind and x.is_contiguous() and height * width <= 1 << 10)
+    if x.device.type == "cpu" and small and height * width <= 1 << 12:
         weights = _constant(_mean_weights, height, width, x.new_empty(0, dtype=kind))
-        if x.is_contiguous():
-            return (weights @ x.flatten(2).flatten(0, 1).T.to(kind)).unflatten(1, x.shape[:2])
-        return (weights @ x.permute(0, 2, 3, 1).flatten(1, 2).to(kind)).transpose(0, 1)
+        products = torch.bmm(weights.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2).to(kind))
+        return products.transpose(0, 1)
     maps = x.permute(2, 3, 0, 1)
     rows = maps[:: max(1, height - 1)].expand(2, -1, -1, -1)
     columns, corners = (m[:, :: max(1, width - 1)].expand(-1, 2, -1, -1) for m in (maps, rows))

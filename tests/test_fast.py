@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import reference
 import timm
 import torch
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 import temporal_excite as te
 from temporal_excite import passes
-from temporal_excite.ops import coefficients, nine_means
+from temporal_excite.ops import coefficients, nine_means, nine_parts
 
 MODULES = {
     "action": te.ActionModule,
@@ -112,12 +113,45 @@ def test_nine_means_tell_the_mean_of_a_convolution(height, width):
     assert torch.allclose(found, expected, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("height, width", [(1, 1), (1, 4), (5, 1), (4, 7)])
-def test_nine_means_of_many_maps_are_those_of_few(height, width, layout):
-    x = frames((9, 40000, height, width), layout, torch.float32)
-    few = [nine_means(maps) for maps in x.split(5000, dim=1)]
-    torch.testing.assert_close(nine_means(x), torch.cat(few, 2))
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("height, width", [(1, 1), (1, 40), (50, 1), (4, 7), (33, 32)])
+def test_nine_means_are_those_of_their_parts(height, width, layout, many):
+    channels = (1 << 20) // (9 * height * width) + 1 if many else 3
+    x = frames((9, channels, height, width), layout, torch.float32)
+    means = torch.stack([part.double().mean((2, 3)) for part in nine_parts(x)])
+    torch.testing.assert_close(nine_means(x).double(), means, rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(*(st.integers(1, top) for top in (3, 6, 7, 5, 5))),
+    layout=st.sampled_from(["contiguous", "sliced"]),
+    causal=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_temporal_convolution_of_rows(shape, layout, causal, seed):
+    """In float32, where maps in one piece are rows of a table; all values are small whole numbers."""
+    torch.manual_seed(seed)
+    clips, n_segment, channels, height, width = shape
+    x = frames((clips * n_segment, channels, height, width), layout, torch.float32)
+    x.copy_(torch.randint(-9, 9, x.shape))
+    weight = torch.randint(-9, 9, (channels, 1, 3)).float()
+    bad = n_segment - 1
+    for value in (1.0, torch.nan):  # of one frame, which only those beside it meet
+        x[bad, 0, 0, 0] = value
+        exact = reference.temporal_conv(x.double(), weight.double(), n_segment, -2 if causal else -1)
+        with torch.inference_mode():
+            found = passes.temporal_conv(x, weight, n_segment, causal)
+        torch.testing.assert_close(found.double(), exact, rtol=0, atol=0, equal_nan=True)
+    x[bad, 0, 0, 0] = 1
+    upstream = torch.randint(-9, 9, x.shape).float()
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    grads = torch.autograd.grad(passes.temporal_conv(*leaves, n_segment, causal), leaves, upstream)
+    leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    y = reference.temporal_conv(*leaves, n_segment, -2 if causal else -1)
+    for found, exact in zip(grads, torch.autograd.grad(y, leaves, upstream.double()), strict=True):
+        assert torch.equal(found.double(), exact)
 
 
 @pytest.mark.parametrize("causal", [False, True])

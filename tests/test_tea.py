@@ -196,6 +196,24 @@ def test_every_site_counts(block, name, kwargs):
     assert len(moved) == sum(".temporal." in k for k, _ in model.named_parameters())
 
 
+def test_network_overwrites_what_is_its_own():
+    """Without gradients the results of ME and the last part take their inputs' memory, with them not."""
+    model = te.inject(network(RES2NET, (1, 2, 1, 1)), "tea", T).double()
+    excitation, last = model.layer2[1].bn1.temporal.me, model.layer2[1].drop_block.temporal
+    for module in (randomise(excitation), randomise(last)):
+        x = torch.randn(T, module.channels, 5, 4, dtype=torch.float64)
+        with torch.no_grad():
+            result = module(x.clone())
+            given = x.clone()
+            assert module(given).data_ptr() == given.data_ptr() and torch.equal(given, result)
+            module.overwrites = False
+            given = x.clone()
+            assert torch.equal(module(given), result) and torch.equal(given, x)
+            module.overwrites = True
+        given = x.clone()
+        assert torch.equal(module(given), result) and torch.equal(given, x)
+
+
 def test_sites_of_tea():
     model = te.inject(network(RES2NET, (2, 1, 1, 1)), "tea", T)
     found = te.sites(model)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import passes
-from ..ops import pointwise, positive_int
+from ..ops import in_graph, pointwise, positive_int
 from .action import ME
 from .base import TemporalModule
 from .registry import register_module
@@ -49,6 +49,8 @@ class MotionExcitation(ME):
         super().__init__(channels, n_segment, reduction, norm=_check_form(form) == "released", causal=causal)
         self.residual = residual
         self.form = form
+        self.overwrites = False
+        """Whether, without gradients, the result may take the memory of the input: nothing else reads it."""
         self.norm2 = nn.BatchNorm2d(channels) if form == "released" else nn.Identity()
 
     def gate(self, x: Tensor) -> Tensor:
@@ -60,7 +62,7 @@ class MotionExcitation(ME):
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
         gate = 1 + self.gate(x) if self.residual else self.gate(x)
-        return passes.gate(x, gate) if self.fast else x * gate.to(x.dtype)
+        return passes.gate(x, gate, reuse=self.overwrites) if self.fast else x * gate.to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, residual={self.residual}, form={self.form!r}"
@@ -253,10 +255,15 @@ class PartConv(TemporalModule):
         if positive_int("width", width) > channels:
             raise ValueError(f"width={width} is more than the {channels} channels")
         self.conv = TemporalConv(width, n_segment, shift_div=2, causal=causal)
+        self.overwrites = False
+        """As :attr:`MotionExcitation.overwrites`."""
 
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
         rest, part = x.tensor_split((self.channels - self.conv.channels,), dim=1)
+        if self.overwrites and not in_graph() and not passes.needs_grad(x, self.conv.weight):
+            part.copy_(self.conv(part))
+            return x
         # a copy, so that the backward pass keeps the part and not the whole
         return torch.cat([rest, self.conv(part.clone())], dim=1)
 
