@@ -17,12 +17,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import memory, ops, past
 from .again import Again, Input, autocast_of_now, check_version, computing
-from .ops import following, in_graph, nine_counts, nine_parts, previous, to_clips
+from .ops import following, full_precision, in_graph, nine_counts, nine_parts, previous, to_clips
 
 # bytes a pass works on at a time: smaller ones cost more calls than they spare traffic beyond the cache
 _BLOCK = 4 << 20
 # elements above which a result is fresh memory, whose page faults cost more than a pass in one spares
-_ROWS = 1 << 22
+_ONE_PASS = 1 << 22
 
 
 def recompute(function: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module) -> Tensor:
@@ -215,15 +215,17 @@ def _temporal_conv(
 ) -> Tensor:
     """Tap k meets frame ``t + k - 1 + offset``."""
     weight = weight.to(x.dtype)
-    if _in_rows(x):
-        return _sums_of_rows(x, weight, n_segment, offset)
     if _is_channels_last(x):
         x = x.contiguous(memory_format=torch.channels_last)  # a slice becomes a copy
+        if offset == 0 and _in_one_pass(x):
+            return _conv_of_pixels(x, weight, n_segment)
         # rows of W * C: a loop over C alone would be too short
         y = empty_like(x, memory_format=torch.channels_last)
         source, target = (t.permute(0, 2, 3, 1).flatten(2) for t in (x, y))
         taps = weight[:, 0].T.repeat(1, x.shape[3])
     else:
+        if _in_rows(x):
+            return _sums_of_rows(x, weight, n_segment, offset)
         y = empty_like(x, memory_format=torch.contiguous_format)
         source, target = x.flatten(2), y.flatten(2)
         taps = weight[:, 0].T.unsqueeze(2)
@@ -238,25 +240,40 @@ def _temporal_conv(
     return y
 
 
-def _in_rows(x: Tensor) -> bool:
-    """Whether :func:`_sums_of_rows` takes ``x``, and in less time than a loop over the taps."""
-    frames, channels, height, width = x.shape
-    pitch, *strides = x.stride()
+def _in_one_pass(x: Tensor) -> bool:
+    """Whether PyTorch has an operation that convolves in less time than a loop over the taps."""
     return (
         x.dtype == torch.float32
         and x.device.type == "cpu"
         and _is_real(x)
-        and 0 < x.numel() <= _ROWS
-        and 3 * frames * channels <= 1 << 17
-        and strides == [height * width, width, 1]
-        and pitch % (height * width) == 0
+        and 0 < x.numel() <= _ONE_PASS
         and torch.backends.cpu.get_cpu_capability().startswith("AVX")
     )
 
 
+def _conv_of_pixels(x: Tensor, weight: Tensor, n_segment: int) -> Tensor:
+    """:func:`_temporal_conv` in channels_last, ``offset`` 0: a depthwise convolution of ``(T, H*W)``."""
+    maps = to_clips(x.permute(0, 2, 3, 1).flatten(1, 2), n_segment).permute(0, 3, 1, 2)
+    with full_precision(x):
+        y = F.conv2d(maps, weight.unsqueeze(-1), padding=(1, 0), groups=x.shape[1])
+    return y.contiguous(memory_format=torch.channels_last).as_strided_(x.shape, x.stride())
+
+
+def _in_rows(x: Tensor) -> bool:
+    """Whether :func:`_sums_of_rows` takes ``x``: not too many maps, each in one piece."""
+    frames, channels, height, width = x.shape
+    pitch, *strides = x.stride()
+    return (
+        _in_one_pass(x)
+        and 3 * frames * channels <= 1 << 17
+        and strides == [height * width, width, 1]
+        and pitch % (height * width) == 0
+    )
+
+
 def _sums_of_rows(x: Tensor, weight: Tensor, n_segment: int, offset: int) -> Tensor:
-    """:func:`_temporal_conv` in one pass, of maps that lie in one piece each: a map of the result is the
-    weighted sum of two or three rows of a table, as in looking up the words of a text."""
+    """:func:`_temporal_conv`, a map of the result being the weighted sum of up to three rows of a table, as
+    when a text's words are looked up."""
     frames, channels, height, width = x.shape
     size = height * width
     pitch = x.stride(0) // size
