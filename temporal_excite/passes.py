@@ -279,7 +279,7 @@ def _sums_of_rows(x: Tensor, weight: Tensor, n_segment: int, offset: int) -> Ten
     pitch = x.stride(0) // size
     rows, taps, starts = _bags(frames, channels, n_segment, offset, pitch)
     table = x.as_strided(((frames - 1) * pitch + channels, size), (size, 1))
-    weights = weight.view(-1).index_select(0, taps)
+    weights = weight.reshape(-1).index_select(0, taps)
     sums: Tensor = torch.embedding_bag(table, rows, starts, False, 0, False, weights)[0]
     return sums.resize_(x.shape)  # no view: what follows may change it in place
 
