@@ -5,6 +5,8 @@ its loops so that intermediate results stay in cache and keeps nothing for backw
 (``torch.compile``, ``torch.export``, tracing) gets the plain line, which a compiler fuses by itself.
 """
 
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, partial
@@ -21,8 +23,9 @@ from .ops import following, full_precision, in_graph, nine_counts, nine_parts, p
 
 # bytes a pass works on at a time: smaller ones cost more calls than they spare traffic beyond the cache
 _BLOCK = 4 << 20
-# elements above which a result is fresh memory, whose page faults cost more than a pass in one spares
-_ONE_PASS = 1 << 22
+# elements of a result that may be fresh memory; in larger ones page faults cost more than an operation spares
+_FRESH = 1 << 22
+_HAS_SPARSE_PRODUCTS = sys.platform == "linux" and torch.backends.mkl.is_available()
 
 
 def recompute(function: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module) -> Tensor:
@@ -217,7 +220,7 @@ def _temporal_conv(
     weight = weight.to(x.dtype)
     if _is_channels_last(x):
         x = x.contiguous(memory_format=torch.channels_last)  # a slice becomes a copy
-        if offset == 0 and _in_one_pass(x):
+        if offset == 0 and _is_plain_float(x) and x.numel() <= _FRESH:
             return _conv_of_pixels(x, weight, n_segment)
         # rows of W * C: a loop over C alone would be too short
         y = empty_like(x, memory_format=torch.channels_last)
@@ -225,7 +228,7 @@ def _temporal_conv(
         taps = weight[:, 0].T.repeat(1, x.shape[3])
     else:
         if _in_rows(x):
-            return _sums_of_rows(x, weight, n_segment, offset)
+            return _sums_of_rows(x, weight, n_segment, offset, empty_like)
         y = empty_like(x, memory_format=torch.contiguous_format)
         source, target = x.flatten(2), y.flatten(2)
         taps = weight[:, 0].T.unsqueeze(2)
@@ -240,15 +243,10 @@ def _temporal_conv(
     return y
 
 
-def _in_one_pass(x: Tensor) -> bool:
-    """Whether PyTorch has an operation that convolves in less time than a loop over the taps."""
-    return (
-        x.dtype == torch.float32
-        and x.device.type == "cpu"
-        and _is_real(x)
-        and 0 < x.numel() <= _ONE_PASS
-        and torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    )
+def _is_plain_float(x: Tensor) -> bool:
+    """Whether PyTorch's fast operations for float32 on an x86 CPU take this."""
+    fast = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    return fast and x.dtype == torch.float32 and x.device.type == "cpu" and _is_real(x) and x.numel() > 0
 
 
 def _conv_of_pixels(x: Tensor, weight: Tensor, n_segment: int) -> Tensor:
@@ -264,32 +262,43 @@ def _in_rows(x: Tensor) -> bool:
     frames, channels, height, width = x.shape
     pitch, *strides = x.stride()
     return (
-        _in_one_pass(x)
+        _is_plain_float(x)
+        and (x.numel() <= _FRESH or _HAS_SPARSE_PRODUCTS)
         and 3 * frames * channels <= 1 << 17
         and strides == [height * width, width, 1]
         and pitch % (height * width) == 0
     )
 
 
-def _sums_of_rows(x: Tensor, weight: Tensor, n_segment: int, offset: int) -> Tensor:
-    """:func:`_temporal_conv`, a map of the result being the weighted sum of up to three rows of a table, as
-    when a text's words are looked up."""
+def _sums_of_rows(
+    x: Tensor, weight: Tensor, n_segment: int, offset: int, empty_like: Callable[..., Tensor]
+) -> Tensor:
+    """:func:`_temporal_conv`: a map of the result is the weighted sum of up to three rows of a table."""
     frames, channels, height, width = x.shape
     size = height * width
     pitch = x.stride(0) // size
-    rows, taps, starts = _bags(frames, channels, n_segment, offset, pitch)
     table = x.as_strided(((frames - 1) * pitch + channels, size), (size, 1))
+    starts, rows, taps = _terms(frames, channels, n_segment, offset, pitch)
     weights = weight.reshape(-1).index_select(0, taps)
-    sums: Tensor = torch.embedding_bag(table, rows, starts, False, 0, False, weights)[0]
-    return sums.resize_(x.shape)  # no view: what follows may change it in place
+    if x.numel() <= _FRESH:  # a text's words are looked up and summed this way
+        sums: Tensor = torch.embedding_bag(table, rows, starts, False, 0, False, weights, True)[0]
+        return sums.resize_(x.shape)  # no view: what follows may change it in place
+    shape = frames * channels, len(table)
+    matrix = torch.sparse_csr_tensor(starts, rows, weights, shape, check_invariants=False)
+    y = empty_like(x, memory_format=torch.contiguous_format)
+    sums = y.view(-1, size)
+    torch.addmm(sums, matrix, table, beta=0, out=sums)
+    return y
 
 
 @lru_cache(maxsize=64)
-def _bags(
+def _terms(
     frames: int, channels: int, n_segment: int, offset: int, pitch: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """For :func:`_sums_of_rows`: which rows, with which taps, and where those of each sum begin."""
-    with torch.inference_mode(False):
+    """For :func:`_sums_of_rows`: where the terms of each sum start, of which rows, with which taps."""
+    with torch.inference_mode(False), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor([0, 0], [], [], (1, 1), device="cpu")  # the first one warns of its beta state
         frame, channel, ahead = (
             torch.arange(n, dtype=torch.int32, device="cpu").view(shape)
             for n, shape in ((frames, (-1, 1, 1)), (channels, (-1, 1)), (3, (-1,)))
@@ -299,7 +308,7 @@ def _bags(
         meets = ((meets >= 0) & (meets < n_segment)).expand(-1, channels, -1)
         rows, taps = (frame + ahead) * pitch + channel, tap.expand(frames, -1, -1)
         ends = meets.sum(2, dtype=torch.int32).flatten().cumsum(0, dtype=torch.int32)
-        return rows[meets], taps[meets], F.pad(ends, (1, -1))
+        return F.pad(ends, (1, 0)), rows[meets], taps[meets]
 
 
 class _TemporalConv(torch.autograd.Function):
