@@ -280,7 +280,7 @@ def _sums_of_rows(
     table = x.as_strided(((frames - 1) * pitch + channels, size), (size, 1))
     starts, rows, taps = _terms(frames, channels, n_segment, offset, pitch)
     weights = weight.reshape(-1).index_select(0, taps)
-    if x.numel() <= _FRESH:  # a text's words are looked up and summed this way
+    if x.numel() <= _FRESH:
         sums: Tensor = torch.embedding_bag(table, rows, starts, False, 0, False, weights, True)[0]
         return sums.resize_(x.shape)  # no view: what follows may change it in place
     shape = frames * channels, len(table)
