@@ -254,6 +254,7 @@ def _conv_of_pixels(x: Tensor, weight: Tensor, n_segment: int) -> Tensor:
     maps = to_clips(x.permute(0, 2, 3, 1).flatten(1, 2), n_segment).permute(0, 3, 1, 2)
     with full_precision(x):
         y = F.conv2d(maps, weight.unsqueeze(-1), padding=(1, 0), groups=x.shape[1])
+    # no view: what follows may change it in place
     return y.contiguous(memory_format=torch.channels_last).as_strided_(x.shape, x.stride())
 
 
@@ -282,7 +283,7 @@ def _sums_of_rows(
     weights = weight.reshape(-1).index_select(0, taps)
     if x.numel() <= _FRESH:
         sums: Tensor = torch.embedding_bag(table, rows, starts, False, 0, False, weights, True)[0]
-        return sums.resize_(x.shape)  # no view: what follows may change it in place
+        return sums.resize_(x.shape)  # no view: as above
     shape = frames * channels, len(table)
     matrix = torch.sparse_csr_tensor(starts, rows, weights, shape, check_invariants=False)
     y = empty_like(x, memory_format=torch.contiguous_format)
@@ -299,14 +300,12 @@ def _terms(
     with torch.inference_mode(False), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor([0, 0], [], [], (1, 1), device="cpu")  # the first one warns of its beta state
-        frame, channel, ahead = (
-            torch.arange(n, dtype=torch.int32, device="cpu").view(shape)
-            for n, shape in ((frames, (-1, 1, 1)), (channels, (-1, 1)), (3, (-1,)))
-        )
-        tap, ahead = channel * 3 + ahead, ahead - 1 + offset
+        frame = torch.arange(frames, dtype=torch.int32, device="cpu").view(-1, 1, 1)
+        channel = torch.arange(channels, dtype=torch.int32, device="cpu").view(-1, 1)
+        tap, ahead = torch.tensor(list(_steps(offset)), dtype=torch.int32, device="cpu").T
         meets = frame % n_segment + ahead
         meets = ((meets >= 0) & (meets < n_segment)).expand(-1, channels, -1)
-        rows, taps = (frame + ahead) * pitch + channel, tap.expand(frames, -1, -1)
+        rows, taps = (frame + ahead) * pitch + channel, (channel * 3 + tap).expand(frames, -1, -1)
         ends = meets.sum(2, dtype=torch.int32).flatten().cumsum(0, dtype=torch.int32)
         return F.pad(ends, (1, 0)), rows[meets], taps[meets]
 
