@@ -25,7 +25,7 @@ def test_published_forms_are_the_modules(paths, training):
 @pytest.mark.parametrize("more", [[], ["--train"]])
 def test_prints_a_row_for_each_network(more, tmp_path, monkeypatch, capsys):
     options = ["--backbone=resnet18", "--size=32", "--frames=4", "--modules=tsm,me", "--repeats=1"]
-    options += ["--no-count", f"--json={tmp_path / 'out.json'}", *more]
+    options += ["--threads=1", "--no-count", f"--json={tmp_path / 'out.json'}", *more]
     monkeypatch.setattr("sys.argv", ["speed.py", *options])
     speed.main()
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
