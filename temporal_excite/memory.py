@@ -11,12 +11,23 @@ import torch
 from torch import Tensor
 
 _LEAST, _MOST = 1 << 20, 64 << 20  # bytes; less is cheap anyway, more is not kept
+_PIECES = 2  # a module's output, and what a pass needs beside it
 
 
-class _Spare(threading.local):
+class _Piece:
+    """Kept memory."""
+
     memory: Tensor | None = None
     lease: weakref.ref[memoryview] | None = None
     """What a tensor in ``memory`` holds as long as it, a view of it or an array on it is alive."""
+
+    def is_free(self) -> bool:
+        return not (self.lease and self.lease())
+
+
+class _Spare(threading.local):
+    def __init__(self) -> None:
+        self.pieces = [_Piece() for _ in range(_PIECES)]
 
 
 _spare = _Spare()
@@ -25,16 +36,17 @@ _spare = _Spare()
 def empty_like(x: Tensor, *, memory_format: torch.memory_format) -> Tensor:
     """:func:`torch.empty_like`, contiguous or in channels_last.
 
-    On a CPU it may lie in memory that the thread keeps for this, at most 64 MiB, and that nothing else uses.
-    Not for training: what is kept for the backward pass keeps that memory too.
+    On a CPU it may lie in memory that the thread keeps for this, at most two pieces of 64 MiB, and that
+    nothing else uses. Not for training: what is kept for the backward pass keeps that memory too.
     """
     size = x.numel() * x.element_size()
     kept = x.device.type == "cpu" and type(x) is Tensor and _LEAST <= size <= _MOST
-    if not kept or (_spare.lease and _spare.lease()):
+    piece = next((p for p in _spare.pieces if p.is_free()), None) if kept else None
+    if piece is None:
         return torch.empty_like(x, memory_format=memory_format)
-    if _spare.memory is None or _spare.memory.nbytes < size:
-        _spare.memory = torch.empty(size, dtype=torch.uint8, device="cpu")
-    lease = _spare.memory.numpy().data[:size]
-    _spare.lease = weakref.ref(lease)
+    if piece.memory is None or piece.memory.nbytes < size:
+        piece.memory = torch.empty(size, dtype=torch.uint8, device="cpu")
+    lease = piece.memory.numpy().data[:size]
+    piece.lease = weakref.ref(lease)
     # no view: what follows may change it in place
     return torch.frombuffer(lease, dtype=x.dtype).resize_(x.shape, memory_format=memory_format)

@@ -221,22 +221,20 @@ def nine_means(x: Tensor) -> Tensor:
         return torch.stack([spatial_mean(part) for part in nine_parts(x)])
     height, width = x.shape[2:]
     kind = torch.promote_types(x.dtype, torch.float32)
-    if in_graph():  # by lines: a compiler's loop over a whole map would leave the cache
-        lines = x.mean(3, dtype=kind)
-        means = [lines.mean(2), lines[..., 0], lines[..., -1]]
-        means += [x[..., j].mean(2, dtype=kind) for j in (0, -1)]
-        return torch.stack(means + [x[:, :, i, j] for i in (0, -1) for j in (0, -1)])
     # by frames one matrix product, where gathering the edges takes longer
     small = x.numel() <= 1 << 20 or (x.dtype == kind and x.is_contiguous() and height * width <= 1 << 10)
-    if x.device.type == "cpu" and small and height * width <= 1 << 12:
+    if x.device.type == "cpu" and small and height * width <= 1 << 12 and not in_graph():
         weights = _constant(_mean_weights, height, width, x.new_empty(0, dtype=kind))
         products = torch.bmm(weights.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2).to(kind))
         return products.transpose(0, 1)
-    maps = x.permute(2, 3, 0, 1)
-    rows = maps[:: max(1, height - 1)].expand(2, -1, -1, -1)
-    columns, corners = (m[:, :: max(1, width - 1)].expand(-1, 2, -1, -1) for m in (maps, rows))
-    edges = [rows.mean(1, dtype=kind), columns.mean(0, dtype=kind), corners.flatten(0, 1)]
-    return torch.cat([spatial_mean(x)[None], *edges])
+    if in_graph():  # by lines: a compiler's loop over a whole map would leave the cache
+        lines = x.mean(3, dtype=kind)
+        means = [lines.mean(2), lines[..., 0], lines[..., -1]]
+    else:
+        means = [spatial_mean(x), *(x[:, :, i].mean(2, dtype=kind) for i in (0, -1))]
+    # each by itself: of two columns at once each thread would take one, of all frames
+    means += [x[..., j].mean(2, dtype=kind) for j in (0, -1)]
+    return torch.stack(means + [x[:, :, i, j] for i in (0, -1) for j in (0, -1)])
 
 
 def _mean_weights(height: int, width: int) -> list[list[float]]:

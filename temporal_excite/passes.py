@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, partial
+from math import gcd
 from typing import Any
 
 import torch
@@ -378,20 +379,23 @@ def gate(y: Tensor, *gates: Tensor, reuse: bool = False) -> Tensor:
 def _gate(y: Tensor, gates: tuple[Tensor, ...], out: Tensor) -> Tensor:
     if len(gates) == 1:
         return torch.mul(y, gates[0].to(y.dtype), out=out)
-    last_layout = _is_channels_last(y)
     step = _frames_per_block(y)
     if step >= len(y):
-        return torch.mul(y, torch.add(*gates, out=torch.empty_like(out)), out=out)
-    if last_layout:
+        total = memory.empty_like(y, memory_format=_layout(y))
+        return torch.mul(y, torch.add(*gates, out=total), out=out)
+    if _is_channels_last(y):
         views = [t.permute(0, 2, 3, 1).flatten(1, 2) for t in (y, out, *gates)]
     else:
         views = [t.flatten(2) for t in (y, out, *gates)]
-    source, target, first_gate, second_gate = views
-    both = torch.empty_like(source[:step])
-    for first in range(0, len(source), step):
+    source, target, first_gate, second_gate = map(_by_threads, views)
+    step = max(1, step // len(source))
+    both = memory.empty_like(source[:, :step], memory_format=torch.contiguous_format)
+    for first in range(0, source.shape[1], step):
         frames = slice(first, first + step)
-        total = torch.add(first_gate[frames], second_gate[frames], out=both[: len(source) - first])
-        torch.mul(source[frames], total, out=target[frames])
+        total = torch.add(
+            first_gate[:, frames], second_gate[:, frames], out=both[:, : source.shape[1] - first]
+        )
+        torch.mul(source[:, frames], total, out=target[:, frames])
     return out
 
 
@@ -405,18 +409,19 @@ class _Gate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         y, *gates = ctx.saved_tensors
         grad_y = gate(grad, *gates)
-        dims = [[d for d in (1, 2, 3) if g.shape[d] == 1] for g in gates]  # a gate is broadcast over
+        dims = [[d for d in (-3, -2, -1) if g.shape[d] == 1] for g in gates]  # a gate is broadcast over
         if torch.is_grad_enabled():  # a graph of the gradient is wanted
             product = grad * y
             return grad_y, *(product.sum(d, keepdim=True) for d in dims)
         grads = [torch.empty_like(g) for g in gates]
-        step = _frames_per_block(y)
-        products = torch.empty_like(y[:step])
-        for first in range(0, len(y), step):
+        a, b, *outs = map(_by_threads, (grad, y, *grads))
+        step = max(1, _frames_per_block(y) // len(a))
+        products = torch.empty_like(b[:, :step])
+        for first in range(0, b.shape[1], step):
             frames = slice(first, first + step)
-            product = torch.mul(grad[frames], y[frames], out=products[: len(y) - first])
-            for d, out in zip(dims, grads, strict=True):
-                torch.sum(product, d, keepdim=True, dtype=out.dtype, out=out[frames])
+            product = torch.mul(a[:, frames], b[:, frames], out=products[:, : b.shape[1] - first])
+            for d, out in zip(dims, outs, strict=True):
+                torch.sum(product, d, keepdim=True, dtype=out.dtype, out=out[:, frames])
         return grad_y, *grads
 
 
@@ -503,6 +508,13 @@ def _is_channels_last(x: Tensor) -> bool:
 
 def _layout(x: Tensor) -> torch.memory_format:
     return torch.channels_last if _is_channels_last(x) else torch.contiguous_format
+
+
+def _by_threads(frames: Tensor) -> Tensor:
+    """``(N, ...)`` as ``(threads, N / threads, ...)``: an operation on a block of each part gives each thread
+    the frames that one on all of them gives it. Another core's cache is far, above all to write to."""
+    threads = gcd(len(frames), torch.get_num_threads())
+    return frames.unflatten(0, (threads, len(frames) // threads))
 
 
 def _frames_per_block(frames: Tensor) -> int:

@@ -189,6 +189,26 @@ def test_gradients_of_temporal_convolution_in_channels_last(n_segment, causal, b
         assert contiguous is last is None or relative(last, contiguous) < 1e-12
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("block", [1, 5 * 4 * 3 * 8 * 5, passes._BLOCK])  # one frame, five, all
+@pytest.mark.parametrize(("n", "threads"), [(1, 3), (7, 2), (9, 3), (12, 8)])
+def test_gate_in_blocks_of_every_threads_frames(n, threads, block, layout, monkeypatch):
+    monkeypatch.setattr(passes, "_BLOCK", block)
+    torch.set_num_threads(threads)
+    tensors = [frames((n, 5, 4, 3), layout), frames((n, 5, 1, 1), "contiguous")]
+    leaves = [t.requires_grad_() for t in (*tensors, frames((n, 1, 4, 3), "contiguous"))]
+    y, *gates = leaves
+    expected = y * (gates[0] + gates[1])
+    grads = torch.autograd.grad(expected, leaves, expected)
+    found = passes.gate(y, *gates)
+    for a, b in zip(torch.autograd.grad(found, leaves, expected), grads, strict=True):
+        assert relative(a, b) < 1e-14
+    with torch.no_grad():
+        assert torch.equal(passes.gate(y, *gates), expected)
+        assert torch.equal(passes.gate(y.clone(), *gates, reuse=True), expected)
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["action", "ste", "ce", "me"])
 def test_half_precision_errs_no_more_than_the_published_form(name, dtype):

@@ -28,6 +28,16 @@ def test_memory_is_used_again_only_when_nothing_holds_it(hold):
     assert fresh().data_ptr() == address
 
 
+def test_no_more_than_two_pieces_are_kept():
+    results = [fresh() for _ in range(3)]
+    addresses = {y.data_ptr() for y in results}
+    assert len(addresses) == 3
+    del results
+    again = [fresh(), fresh()]
+    assert {y.data_ptr() for y in again} == {piece.memory.data_ptr() for piece in memory._spare.pieces}
+    assert {y.data_ptr() for y in again} < addresses
+
+
 def test_shape_dtype_and_layout():
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         y = fresh(dtype=dtype, layout=torch.channels_last)
@@ -43,8 +53,8 @@ def test_little_and_much_is_not_kept():
         y = fresh(shape)
         address = y.data_ptr()
         del y
-        kept = memory._spare.memory
-        assert kept is None or kept.data_ptr() != address
+        kept = [piece.memory for piece in memory._spare.pieces]
+        assert all(m is None or m.data_ptr() != address for m in kept)
 
 
 def test_each_thread_has_its_own():
