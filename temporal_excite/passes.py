@@ -226,7 +226,7 @@ def _temporal_conv(
         # rows of W * C: a loop over C alone would be too short
         y = empty_like(x, memory_format=torch.channels_last)
         source, target = (t.permute(0, 2, 3, 1).flatten(2) for t in (x, y))
-        taps = weight[:, 0].T.repeat(1, x.shape[3])
+        taps = weight[:, 0].T.repeat(1, x.shape[3]).unsqueeze(1)
     else:
         if _in_rows(x):
             return _sums_of_rows(x, weight, n_segment, offset, empty_like)
@@ -234,13 +234,16 @@ def _temporal_conv(
         source, target = x.flatten(2), y.flatten(2)
         taps = weight[:, 0].T.unsqueeze(2)
     source, target = to_clips(source, n_segment), to_clips(target, n_segment)
-    for clips, first, last in _blocks(source):
-        old, new = source[clips], target[clips]
-        torch.mul(old[:, first:last], taps[1 - offset], out=new[:, first:last])
+    taps = taps.expand(-1, source.shape[2], -1)
+    step = _per_block(source, 2)
+    for first in range(0, source.shape[2], step):
+        lines = slice(first, first + step)
+        old, new, by = source[:, :, lines], target[:, :, lines], taps[:, lines]
+        torch.mul(old, by[1 - offset], out=new)
         for k, d in _steps(offset):
-            low, high = max(first, -d), min(last, n_segment - d)
+            low, high = max(0, -d), n_segment - max(0, d)
             if d and low < high:
-                new[:, low:high].addcmul_(old[:, low + d : high + d], taps[k])
+                new[:, low:high].addcmul_(old[:, low + d : high + d], by[k])
     return y
 
 
@@ -379,8 +382,7 @@ def gate(y: Tensor, *gates: Tensor, reuse: bool = False) -> Tensor:
 def _gate(y: Tensor, gates: tuple[Tensor, ...], out: Tensor) -> Tensor:
     if len(gates) == 1:
         return torch.mul(y, gates[0].to(y.dtype), out=out)
-    step = _frames_per_block(y)
-    if step >= len(y):
+    if y.nbytes <= _BLOCK or y.device.type != "cpu":
         total = memory.empty_like(y, memory_format=_layout(y))
         return torch.mul(y, torch.add(*gates, out=total), out=out)
     if _is_channels_last(y):
@@ -388,7 +390,7 @@ def _gate(y: Tensor, gates: tuple[Tensor, ...], out: Tensor) -> Tensor:
     else:
         views = [t.flatten(2) for t in (y, out, *gates)]
     source, target, first_gate, second_gate = map(_by_threads, views)
-    step = max(1, step // len(source))
+    step = _per_block(source, 1)
     both = memory.empty_like(source[:, :step], memory_format=torch.contiguous_format)
     for first in range(0, source.shape[1], step):
         frames = slice(first, first + step)
@@ -415,7 +417,7 @@ class _Gate(torch.autograd.Function):
             return grad_y, *(product.sum(d, keepdim=True) for d in dims)
         grads = [torch.empty_like(g) for g in gates]
         a, b, *outs = map(_by_threads, (grad, y, *grads))
-        step = max(1, _frames_per_block(y) // len(a))
+        step = _per_block(b, 1)
         products = torch.empty_like(b[:, :step])
         for first in range(0, b.shape[1], step):
             frames = slice(first, first + step)
@@ -482,11 +484,11 @@ def _sums_of_pixels(grad: Tensor, x: Tensor, n_segment: int, offset: int) -> Ten
     """The same in channels_last, where a product would copy the matrix of each channel."""
     wide = torch.promote_types(x.dtype, torch.float32)
     a, b = (to_clips(t.permute(0, 2, 3, 1).flatten(1, 2), n_segment) for t in (grad, x))
-    step = max(1, _frames_per_block(x) // len(a))
+    step = _per_block(a, 2)
     taps = []
     for _, d in _steps(offset):
         first, last = max(0, -d), min(n_segment, n_segment - d)
-        blocks = zip(a[:, first:last].split(step, 1), b[:, first + d : last + d].split(step, 1), strict=True)
+        blocks = zip(a[:, first:last].split(step, 2), b[:, first + d : last + d].split(step, 2), strict=True)
         taps.append(torch.stack([(g.to(wide) * f).sum((0, 1, 2)) for g, f in blocks]).sum(0))
     return torch.stack(taps, -1)
 
@@ -510,28 +512,17 @@ def _layout(x: Tensor) -> torch.memory_format:
     return torch.channels_last if _is_channels_last(x) else torch.contiguous_format
 
 
+def _per_block(x: Tensor, dim: int) -> int:
+    """How much of a dimension a pass takes at a time: on a CPU what stays in cache, elsewhere all.
+
+    No blocks of single frames: threads would share each, where one operation on all frames gives each thread
+    frames of its own. What another core has in its cache is far, above all to write to.
+    """
+    size = x.shape[dim]
+    return max(1, size * _BLOCK // max(1, x.nbytes) if x.device.type == "cpu" else size)
+
+
 def _by_threads(frames: Tensor) -> Tensor:
-    """``(N, ...)`` as ``(threads, N / threads, ...)``: an operation on a block of each part gives each thread
-    the frames that one on all of them gives it. Another core's cache is far, above all to write to."""
+    """``(N, ...)`` as ``(threads, N / threads, ...)``."""
     threads = gcd(len(frames), torch.get_num_threads())
     return frames.unflatten(0, (threads, len(frames) // threads))
-
-
-def _frames_per_block(frames: Tensor) -> int:
-    """How many frames a pass takes at a time: on a CPU as many as stay in cache, elsewhere all."""
-    if frames.device.type != "cpu":
-        return max(1, len(frames))
-    return max(1, _BLOCK // max(1, frames[:1].numel() * frames.element_size()))
-
-
-def _blocks(clips: Tensor) -> Iterator[tuple[slice, int, int]]:
-    """Cut ``(N, T, ...)`` into blocks: ``(clips, first frame, last frame + 1)``."""
-    n, t = clips.shape[:2]
-    step = _frames_per_block(clips.flatten(0, 1))
-    if step >= t:
-        for first in range(0, n, step // t):
-            yield slice(first, first + step // t), 0, t
-    else:
-        for clip in range(n):
-            for first in range(0, t, step):
-                yield slice(clip, clip + 1), first, min(first + step, t)
