@@ -17,7 +17,7 @@ _PIECES = 2  # a module's output, and what a pass needs beside it
 class _Piece:
     """Kept memory."""
 
-    memory: Tensor | None = None
+    memory: memoryview | None = None
     lease: weakref.ref[memoryview] | None = None
     """What a tensor in ``memory`` holds as long as it, a view of it or an array on it is alive."""
 
@@ -39,14 +39,14 @@ def empty_like(x: Tensor, *, memory_format: torch.memory_format) -> Tensor:
     On a CPU it may lie in memory that the thread keeps for this, at most two pieces of 64 MiB, and that
     nothing else uses. Not for training: what is kept for the backward pass keeps that memory too.
     """
-    size = x.numel() * x.element_size()
-    kept = x.device.type == "cpu" and type(x) is Tensor and _LEAST <= size <= _MOST
-    piece = next((p for p in _spare.pieces if p.is_free()), None) if kept else None
+    size = x.nbytes
+    kept = x.is_cpu and type(x) is Tensor and _LEAST <= size <= _MOST
+    piece = next(filter(_Piece.is_free, _spare.pieces), None) if kept else None
     if piece is None:
         return torch.empty_like(x, memory_format=memory_format)
     if piece.memory is None or piece.memory.nbytes < size:
-        piece.memory = torch.empty(size, dtype=torch.uint8, device="cpu")
-    lease = piece.memory.numpy().data[:size]
+        piece.memory = torch.empty(size, dtype=torch.uint8, device="cpu").numpy().data
+    lease = piece.memory[:size]
     piece.lease = weakref.ref(lease)
     # no view: what follows may change it in place
     return torch.frombuffer(lease, dtype=x.dtype).resize_(x.shape, memory_format=memory_format)

@@ -222,9 +222,9 @@ def nine_means(x: Tensor) -> Tensor:
     height, width = x.shape[2:]
     kind = torch.promote_types(x.dtype, torch.float32)
     # by frames one matrix product, where gathering the edges takes longer
-    small = x.numel() <= 1 << 20 or (x.dtype == kind and x.is_contiguous() and height * width <= 1 << 10)
+    small = x.numel() <= 1 << 20 or (x.dtype == kind and x.is_contiguous() and height * width <= 1 << 9)
     if x.device.type == "cpu" and small and height * width <= 1 << 12 and not in_graph():
-        weights = _constant(_mean_weights, height, width, x.new_empty(0, dtype=kind))
+        weights = _constant(_mean_weights, height, width, x, kind)
         products = torch.bmm(weights.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2).to(kind))
         return products.transpose(0, 1)
     if in_graph():  # by lines: a compiler's loop over a whole map would leave the cache
@@ -262,7 +262,7 @@ def coefficients(kernel: Tensor, height: int, width: int) -> Tensor:
     often as the kernel has weight, an outer row or column is taken off again with the weight of the taps
     that miss it, and a corner given back where that took it off twice.
     """
-    return linear(_constant(_tap_weights, height, width, kernel), kernel.flatten(1))
+    return linear(_constant(_tap_weights, height, width, kernel, kernel.dtype), kernel.flatten(1))
 
 
 def _tap_weights(height: int, width: int) -> list[list[float]]:
@@ -277,14 +277,16 @@ def _tap_weights(height: int, width: int) -> list[list[float]]:
 _constants: dict[tuple[Any, ...], Tensor] = {}
 
 
-def _constant(rows: Callable[[int, int], list[list[float]]], height: int, width: int, like: Tensor) -> Tensor:
-    """``rows(height, width)`` in the dtype and on the device of ``like``, made once."""
-    key = rows, height, width, like.dtype, like.device
+def _constant(
+    rows: Callable[[int, int], list[list[float]]], height: int, width: int, like: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """``rows(height, width)`` on the device of ``like``, made once."""
+    key = rows, height, width, dtype, like.device
     real = type(like) in (Tensor, nn.Parameter) and not in_graph()  # no stand-in of a tracer
     if real and key in _constants:
         return _constants[key]
     with torch.inference_mode(False):
-        found = like.new_tensor(rows(height, width))
+        found = like.new_tensor(rows(height, width), dtype=dtype)
     if real and type(found) is Tensor:
         _constants[key] = found
     return found
@@ -294,17 +296,25 @@ def spatial_mean(x: Tensor) -> Tensor:
     """``x.mean((2, 3))`` of ``(N, C, H, W)``, in float32 at least."""
     if _countable:
         return F.adaptive_avg_pool2d(x, 1).flatten(1)
-    return _sum(x, (2, 3)) / (x.shape[2] * x.shape[3])
+    return _mean(x, (2, 3), x.shape[2] * x.shape[3])
 
 
 def channel_mean(x: Tensor) -> Tensor:
     """``x.mean(1, keepdim=True)``, in float32 at least."""
-    return _sum(x, (1,), keepdim=True) / x.shape[1]
+    large = x.is_cpu and x.dtype == torch.float32 and x.shape[2] * x.shape[3] >= 1 << 10
+    if large and x.is_contiguous() and not (in_graph() or torch.is_grad_enabled()):
+        # a product reads large maps faster; its gradient would be one too, where a sum's is a view
+        weights = x.new_full((1, 1, x.shape[1]), 1 / x.shape[1])
+        return torch.bmm(weights.expand(len(x), -1, -1), x.flatten(2)).unflatten(2, x.shape[2:])
+    return _mean(x, (1,), x.shape[1], keepdim=True)
 
 
-def _sum(x: Tensor, dims: tuple[int, ...], keepdim: bool = False) -> Tensor:
+def _mean(x: Tensor, dims: tuple[int, ...], count: int, keepdim: bool = False) -> Tensor:
+    kind = torch.promote_types(x.dtype, torch.float32)
+    if not torch.is_grad_enabled():
+        return x.mean(dims, keepdim=keepdim, dtype=kind)
     # divided afterwards: the gradient of a mean is divided at its full size
-    return x.sum(dims, keepdim=keepdim, dtype=torch.promote_types(x.dtype, torch.float32))
+    return x.sum(dims, keepdim=keepdim, dtype=kind) / count
 
 
 def pointwise(conv: nn.Module, x: Tensor) -> Tensor:

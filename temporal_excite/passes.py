@@ -24,8 +24,9 @@ from .ops import following, full_precision, in_graph, nine_counts, nine_parts, p
 
 # bytes a pass works on at a time: smaller ones cost more calls than they spare traffic beyond the cache
 _BLOCK = 4 << 20
-# elements of a result that may be fresh memory; in larger ones page faults cost more than an operation spares
-_FRESH = 1 << 22
+# bytes of a result that may be fresh memory; in larger ones page faults cost more than an operation spares
+_FRESH_ROWS, _FRESH_PIXELS = 8 << 20, 16 << 20
+_HAS_AVX = torch.backends.cpu.get_cpu_capability().startswith("AVX")
 _HAS_SPARSE_PRODUCTS = sys.platform == "linux" and torch.backends.mkl.is_available()
 
 
@@ -35,8 +36,10 @@ def recompute(function: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module
     ``module`` owns the parameters; its batch norms' running statistics move once.
     """
     # in a step of a stream the past is at hand only now
+    if in_graph() or not torch.is_grad_enabled() or past.current():
+        return function(x)
     parameters = [p for p in _parameters(module) if p.requires_grad]
-    if in_graph() or not needs_grad(x, *parameters) or _holds_other_norms(module) or past.current():
+    if not needs_grad(x, *parameters) or _holds_other_norms(module):
         return function(x)
     result: Tensor = _Recompute.apply(function, _AsItWas(module), x, *parameters)
     return result
@@ -221,7 +224,7 @@ def _temporal_conv(
     weight = weight.to(x.dtype)
     if _is_channels_last(x):
         x = x.contiguous(memory_format=torch.channels_last)  # a slice becomes a copy
-        if offset == 0 and _is_plain_float(x) and x.numel() <= _FRESH:
+        if offset == 0 and _is_plain_float(x) and x.nbytes <= _FRESH_PIXELS:
             return _conv_of_pixels(x, weight, n_segment)
         # rows of W * C: a loop over C alone would be too short
         y = empty_like(x, memory_format=torch.channels_last)
@@ -249,8 +252,7 @@ def _temporal_conv(
 
 def _is_plain_float(x: Tensor) -> bool:
     """Whether PyTorch's fast operations for float32 on an x86 CPU take this."""
-    fast = torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    return fast and x.dtype == torch.float32 and x.device.type == "cpu" and _is_real(x) and x.numel() > 0
+    return _HAS_AVX and x.dtype == torch.float32 and x.is_cpu and type(x) is Tensor and x.numel() > 0
 
 
 def _conv_of_pixels(x: Tensor, weight: Tensor, n_segment: int) -> Tensor:
@@ -268,7 +270,7 @@ def _in_rows(x: Tensor) -> bool:
     pitch, *strides = x.stride()
     return (
         _is_plain_float(x)
-        and (x.numel() <= _FRESH or _HAS_SPARSE_PRODUCTS)
+        and (x.nbytes <= _FRESH_ROWS or _HAS_SPARSE_PRODUCTS)
         and 3 * frames * channels <= 1 << 17
         and strides == [height * width, width, 1]
         and pitch % (height * width) == 0
@@ -285,7 +287,7 @@ def _sums_of_rows(
     table = x.as_strided(((frames - 1) * pitch + channels, size), (size, 1))
     starts, rows, taps = _terms(frames, channels, n_segment, offset, pitch)
     weights = weight.reshape(-1).index_select(0, taps)
-    if x.numel() <= _FRESH:
+    if x.nbytes <= _FRESH_ROWS:
         sums: Tensor = torch.embedding_bag(table, rows, starts, False, 0, False, weights, True)[0]
         return sums.resize_(x.shape)  # no view: as above
     shape = frames * channels, len(table)
@@ -385,19 +387,12 @@ def _gate(y: Tensor, gates: tuple[Tensor, ...], out: Tensor) -> Tensor:
     if y.nbytes <= _BLOCK or y.device.type != "cpu":
         total = memory.empty_like(y, memory_format=_layout(y))
         return torch.mul(y, torch.add(*gates, out=total), out=out)
-    if _is_channels_last(y):
-        views = [t.permute(0, 2, 3, 1).flatten(1, 2) for t in (y, out, *gates)]
-    else:
-        views = [t.flatten(2) for t in (y, out, *gates)]
-    source, target, first_gate, second_gate = map(_by_threads, views)
+    in_order = [t.permute(0, 2, 3, 1) for t in (y, out, *gates)] if _is_channels_last(y) else [y, out, *gates]
+    source, *others = map(_by_threads, in_order)
     step = _per_block(source, 1)
     both = memory.empty_like(source[:, :step], memory_format=torch.contiguous_format)
-    for first in range(0, source.shape[1], step):
-        frames = slice(first, first + step)
-        total = torch.add(
-            first_gate[:, frames], second_gate[:, frames], out=both[:, : source.shape[1] - first]
-        )
-        torch.mul(source[:, frames], total, out=target[:, frames])
+    for old, new, *terms in zip(*(t.split(step, 1) for t in (source, *others)), strict=True):
+        torch.mul(old, torch.add(*terms, out=both[:, : old.shape[1]]), out=new)
     return out
 
 
@@ -416,14 +411,13 @@ class _Gate(torch.autograd.Function):
             product = grad * y
             return grad_y, *(product.sum(d, keepdim=True) for d in dims)
         grads = [torch.empty_like(g) for g in gates]
-        a, b, *outs = map(_by_threads, (grad, y, *grads))
-        step = _per_block(b, 1)
-        products = torch.empty_like(b[:, :step])
-        for first in range(0, b.shape[1], step):
-            frames = slice(first, first + step)
-            product = torch.mul(a[:, frames], b[:, frames], out=products[:, : b.shape[1] - first])
+        views = [_by_threads(t) for t in (grad, y, *grads)]
+        step = _per_block(views[1], 1)
+        products = torch.empty_like(views[1][:, :step])
+        for first, second, *outs in zip(*(t.split(step, 1) for t in views), strict=True):
+            product = torch.mul(first, second, out=products[:, : second.shape[1]])
             for d, out in zip(dims, outs, strict=True):
-                torch.sum(product, d, keepdim=True, dtype=out.dtype, out=out[:, frames])
+                torch.sum(product, d, keepdim=True, dtype=out.dtype, out=out)
         return grad_y, *grads
 
 
@@ -524,5 +518,6 @@ def _per_block(x: Tensor, dim: int) -> int:
 
 def _by_threads(frames: Tensor) -> Tensor:
     """``(N, ...)`` as ``(threads, N / threads, ...)``."""
-    threads = gcd(len(frames), torch.get_num_threads())
-    return frames.unflatten(0, (threads, len(frames) // threads))
+    count, *shape = frames.shape
+    threads = gcd(count, torch.get_num_threads())
+    return frames.view(threads, count // threads, *shape)
