@@ -20,12 +20,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import memory, ops, past
 from .again import Again, Input, autocast_of_now, check_version, computing
-from .ops import following, full_precision, in_graph, nine_counts, nine_parts, previous, to_clips
+from .ops import following, in_graph, nine_counts, nine_parts, previous, to_clips
 
 # bytes a pass works on at a time: smaller ones cost more calls than they spare traffic beyond the cache
 _BLOCK = 4 << 20
+_LINE = 2048  # elements of a line in channels_last
 # bytes of a result that may be fresh memory; in larger ones page faults cost more than an operation spares
-_FRESH_ROWS, _FRESH_PIXELS = 8 << 20, 16 << 20
+_FRESH = 8 << 20
 _HAS_AVX = torch.backends.cpu.get_cpu_capability().startswith("AVX")
 _HAS_SPARSE_PRODUCTS = sys.platform == "linux" and torch.backends.mkl.is_available()
 
@@ -224,12 +225,12 @@ def _temporal_conv(
     weight = weight.to(x.dtype)
     if _is_channels_last(x):
         x = x.contiguous(memory_format=torch.channels_last)  # a slice becomes a copy
-        if offset == 0 and _is_plain_float(x) and x.nbytes <= _FRESH_PIXELS:
-            return _conv_of_pixels(x, weight, n_segment)
-        # rows of W * C: a loop over C alone would be too short
         y = empty_like(x, memory_format=torch.channels_last)
-        source, target = (t.permute(0, 2, 3, 1).flatten(2) for t in (x, y))
-        taps = weight[:, 0].T.repeat(1, x.shape[3]).unsqueeze(1)
+        frames, channels, height, width = x.shape
+        pixels = _pixels_of_line(height * width, channels)
+        lines = frames, height * width // pixels, pixels * channels
+        source, target = (t.permute(0, 2, 3, 1).view(lines) for t in (x, y))
+        taps = weight[:, 0].T.repeat(1, pixels).unsqueeze(1)
     else:
         if _in_rows(x):
             return _sums_of_rows(x, weight, n_segment, offset, empty_like)
@@ -255,13 +256,11 @@ def _is_plain_float(x: Tensor) -> bool:
     return _HAS_AVX and x.dtype == torch.float32 and x.is_cpu and type(x) is Tensor and x.numel() > 0
 
 
-def _conv_of_pixels(x: Tensor, weight: Tensor, n_segment: int) -> Tensor:
-    """:func:`_temporal_conv` in channels_last, ``offset`` 0: a depthwise convolution of ``(T, H*W)``."""
-    maps = to_clips(x.permute(0, 2, 3, 1).flatten(1, 2), n_segment).permute(0, 3, 1, 2)
-    with full_precision(x):
-        y = F.conv2d(maps, weight.unsqueeze(-1), padding=(1, 0), groups=x.shape[1])
-    # no view: what follows may change it in place
-    return y.contiguous(memory_format=torch.channels_last).as_strided_(x.shape, x.stride())
+@lru_cache(maxsize=64)
+def _pixels_of_line(size: int, channels: int) -> int:
+    """How many of ``size`` pixels to multiply at a time: of one alone a loop would be short, and the taps of
+    many would not stay in the fastest cache."""
+    return max(k for k in range(1, max(1, _LINE // channels) + 1) if size % k == 0)
 
 
 def _in_rows(x: Tensor) -> bool:
@@ -270,7 +269,7 @@ def _in_rows(x: Tensor) -> bool:
     pitch, *strides = x.stride()
     return (
         _is_plain_float(x)
-        and (x.nbytes <= _FRESH_ROWS or _HAS_SPARSE_PRODUCTS)
+        and (x.nbytes <= _FRESH or _HAS_SPARSE_PRODUCTS)
         and 3 * frames * channels <= 1 << 17
         and strides == [height * width, width, 1]
         and pitch % (height * width) == 0
@@ -287,7 +286,7 @@ def _sums_of_rows(
     table = x.as_strided(((frames - 1) * pitch + channels, size), (size, 1))
     starts, rows, taps = _terms(frames, channels, n_segment, offset, pitch)
     weights = weight.reshape(-1).index_select(0, taps)
-    if x.nbytes <= _FRESH_ROWS:
+    if x.nbytes <= _FRESH:
         sums: Tensor = torch.embedding_bag(table, rows, starts, False, 0, False, weights, True)[0]
         return sums.resize_(x.shape)  # no view: as above
     shape = frames * channels, len(table)
