@@ -228,9 +228,10 @@ def _temporal_conv(
         y = empty_like(x, memory_format=torch.channels_last)
         frames, channels, height, width = x.shape
         pixels = _pixels_of_line(height * width, channels)
-        lines = frames, height * width // pixels, pixels * channels
-        source, target = (t.permute(0, 2, 3, 1).view(lines) for t in (x, y))
-        taps = weight[:, 0].T.repeat(1, pixels).unsqueeze(1)
+        shape = frames, height * width // pixels, pixels * channels
+        source, target = (t.permute(0, 2, 3, 1).view(shape) for t in (x, y))
+        taps = weight.permute(2, 1, 0).expand(-1, pixels, -1).clone(memory_format=torch.contiguous_format)
+        taps = taps.view(3, 1, -1)
     else:
         if _in_rows(x):
             return _sums_of_rows(x, weight, n_segment, offset, empty_like)
@@ -239,15 +240,19 @@ def _temporal_conv(
         taps = weight[:, 0].T.unsqueeze(2)
     source, target = to_clips(source, n_segment), to_clips(target, n_segment)
     taps = taps.expand(-1, source.shape[2], -1)
+    terms = [(target, source, taps[1 - offset])]
+    for k, d in _steps(offset):
+        low, high = max(0, -d), n_segment - max(0, d)
+        if d and low < high:
+            terms.append((target[:, low:high], source[:, low + d : high + d], taps[k]))
     step = _per_block(source, 2)
-    for first in range(0, source.shape[2], step):
-        lines = slice(first, first + step)
-        old, new, by = source[:, :, lines], target[:, :, lines], taps[:, lines]
-        torch.mul(old, by[1 - offset], out=new)
-        for k, d in _steps(offset):
-            low, high = max(0, -d), n_segment - max(0, d)
-            if d and low < high:
-                new[:, low:high].addcmul_(old[:, low + d : high + d], by[k])
+    blocks = (
+        zip(new.split(step, 2), old.split(step, 2), tap.split(step), strict=True) for new, old, tap in terms
+    )
+    for (new, old, tap), *others in zip(*blocks, strict=True):
+        torch.mul(old, tap, out=new)
+        for new, old, tap in others:
+            new.addcmul_(old, tap)
     return y
 
 
