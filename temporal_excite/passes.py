@@ -281,15 +281,28 @@ def _in_rows(x: Tensor) -> bool:
     )
 
 
+def has_framewise_conv(x: Tensor, *others: Tensor) -> bool:
+    """Whether :func:`framewise_conv` takes ``x``, with weights made of the others."""
+    return not (in_graph() or needs_grad(x, *others) or _is_channels_last(x)) and _in_rows(x)
+
+
+def framewise_conv(x: Tensor, weight: Tensor, n_segment: int) -> Tensor:
+    """``y[t] = w[t, :, 0] x[t-1] + w[t, :, 1] x[t] + w[t, :, 2] x[t+1]`` in one pass; w: ``(N*T, C, 3)``."""
+    return _sums_of_rows(x, weight.to(x.dtype), n_segment, 0, memory.empty_like)
+
+
 def _sums_of_rows(
     x: Tensor, weight: Tensor, n_segment: int, offset: int, empty_like: Callable[..., Tensor]
 ) -> Tensor:
-    """:func:`_temporal_conv`: a map of the result is the weighted sum of up to three rows of a table."""
+    """:func:`_temporal_conv`: a map of the result is the weighted sum of up to three rows of a table.
+
+    ``weight`` is of each channel, or of each channel of each frame.
+    """
     frames, channels, height, width = x.shape
     size = height * width
     pitch = x.stride(0) // size
     table = x.as_strided(((frames - 1) * pitch + channels, size), (size, 1))
-    starts, rows, taps = _terms(frames, channels, n_segment, offset, pitch)
+    starts, rows, taps = _terms(frames, channels, n_segment, offset, pitch, weight.numel() > 3 * channels)
     weights = weight.reshape(-1).index_select(0, taps)
     if x.nbytes <= _FRESH:
         sums: Tensor = torch.embedding_bag(table, rows, starts, False, 0, False, weights, True)[0]
@@ -304,7 +317,7 @@ def _sums_of_rows(
 
 @lru_cache(maxsize=64)
 def _terms(
-    frames: int, channels: int, n_segment: int, offset: int, pitch: int
+    frames: int, channels: int, n_segment: int, offset: int, pitch: int, framewise: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """For :func:`_sums_of_rows`: where the terms of each sum start, of which rows, with which taps."""
     with torch.inference_mode(False), warnings.catch_warnings():
@@ -315,7 +328,8 @@ def _terms(
         tap, ahead = torch.tensor(list(_steps(offset)), dtype=torch.int32, device="cpu").T
         meets = frame % n_segment + ahead
         meets = ((meets >= 0) & (meets < n_segment)).expand(-1, channels, -1)
-        rows, taps = (frame + ahead) * pitch + channel, (channel * 3 + tap).expand(frames, -1, -1)
+        rows, taps = (frame + ahead) * pitch + channel, channel * 3 + tap
+        taps = taps + frame * (3 * channels if framewise else 0)
         ends = meets.sum(2, dtype=torch.int32).flatten().cumsum(0, dtype=torch.int32)
         return F.pad(ends, (1, 0)), rows[meets], taps[meets]
 

@@ -1,6 +1,7 @@
 """TE, FE and TEFE's networks against their plain references."""
 
 import copy
+from unittest.mock import patch
 
 import pytest
 import reference_tea as plain
@@ -8,12 +9,14 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_fast import frames as in_layout
 from test_modules import gradients, randomise
 from test_tea import frames, network
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
 import temporal_excite as te
+from temporal_excite import passes
 
 T = 4
 TABLE_5 = [  # te, fe per stage
@@ -48,6 +51,39 @@ def test_equals_reference(name, shape, seed):
     inputs = [x, *module.parameters()]
     for a, b in zip(gradients(y, inputs), gradients(want, inputs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * (1 + float(b.abs().max())))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=shapes,
+    layout=st.sampled_from(["contiguous", "sliced", "channels_last"]),
+    large=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_te_in_one_pass_equals_reference(shape, layout, large, seed):
+    """Without gradients float32 takes ways of its own, large results another than small ones."""
+    n, t, c, h, w = shape
+    torch.manual_seed(seed)
+    module = randomise(te.TEModule(c, t))
+    x = in_layout((n * t, c, h, w), layout, torch.float32)
+    with torch.no_grad(), patch.object(passes, "_FRESH", 0 if large else passes._FRESH):
+        y = module(x)
+    want = plain.temporal_extraction(x.double(), module.double())
+    torch.testing.assert_close(y.double(), want.detach(), rtol=1e-5, atol=1e-5)
+    assert not y._is_view()
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_te_in_one_pass_where_it_may(fast):
+    """One pass, unless published steps or gradients are asked for."""
+    module = te.set_fast(te.TEModule(8, T), fast)
+    x = torch.rand(T, 8, 6, 6)
+    with patch.object(passes, "framewise_conv", wraps=passes.framewise_conv) as conv:
+        module(x)
+        assert not conv.called
+        with torch.inference_mode():
+            module(x)
+        assert conv.called == (fast and passes.has_framewise_conv(x))
 
 
 @pytest.mark.parametrize("name", BUILD)

@@ -8,7 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import causal_conv, clipwise_temporal_conv, positive_int, sum_taps, to_clips
+from .. import passes
+from ..ops import (
+    causal_conv,
+    clipwise_temporal_conv,
+    following,
+    positive_int,
+    previous,
+    sum_taps,
+    to_clips,
+)
 from .base import TemporalModule
 from .registry import register_module
 
@@ -65,8 +74,17 @@ class TEModule(TemporalModule):
             return self._causal(x)
         pooled = self._pooled(x)
         kernel = self.fc2(self.act(self.fc1(pooled))).softmax(dim=-1)  # (N, C, 3)
-        excited = x * self._gate(pooled).to(x.dtype)
-        return clipwise_temporal_conv(excited, kernel, self.n_segment)
+        gate, kernel = self._gate(pooled).to(x.dtype), kernel.to(x.dtype)
+        if self.fast and passes.has_framewise_conv(x, gate, kernel):
+            return passes.framewise_conv(x, self._taps(gate, kernel), self.n_segment)
+        return clipwise_temporal_conv(x * gate, kernel, self.n_segment)
+
+    def _taps(self, gate: Tensor, kernel: Tensor) -> Tensor:
+        """Kernel and mask as one: what each frame takes of the one before, itself and the one after,
+        ``(N*T, C, 3)``."""
+        frames = gate.flatten(1)
+        masks = [previous(frames, self.n_segment), frames, following(frames, self.n_segment)]
+        return torch.stack(masks, 2) * kernel.repeat_interleave(self.n_segment, 0)
 
     def _causal(self, x: Tensor) -> Tensor:
         pooled, past = self._pooled_and_past(x)
