@@ -256,11 +256,6 @@ def _temporal_conv(
     return y
 
 
-def _is_plain_float(x: Tensor) -> bool:
-    """Whether PyTorch's fast operations for float32 on an x86 CPU take this."""
-    return _HAS_AVX and x.dtype == torch.float32 and x.is_cpu and type(x) is Tensor and x.numel() > 0
-
-
 @lru_cache(maxsize=64)
 def _pixels_of_line(size: int, channels: int) -> int:
     """How many of ``size`` pixels to multiply at a time: of one alone a loop would be short, and the taps of
@@ -269,11 +264,16 @@ def _pixels_of_line(size: int, channels: int) -> int:
 
 
 def _in_rows(x: Tensor) -> bool:
-    """Whether :func:`_sums_of_rows` takes ``x``: not too many maps, each in one piece."""
+    """Whether :func:`_sums_of_rows` takes ``x``: float32 on an x86 CPU, where its operations are fast,
+    and not too many maps, each in one piece."""
     frames, channels, height, width = x.shape
     pitch, *strides = x.stride()
     return (
-        _is_plain_float(x)
+        _HAS_AVX
+        and x.dtype == torch.float32
+        and x.is_cpu
+        and type(x) is Tensor
+        and x.numel() > 0
         and (x.nbytes <= _FRESH or _HAS_SPARSE_PRODUCTS)
         and 3 * frames * channels <= 1 << 17
         and strides == [height * width, width, 1]
@@ -288,7 +288,7 @@ def has_framewise_conv(x: Tensor, *others: Tensor) -> bool:
 
 def framewise_conv(x: Tensor, weight: Tensor, n_segment: int) -> Tensor:
     """``y[t] = w[t, :, 0] x[t-1] + w[t, :, 1] x[t] + w[t, :, 2] x[t+1]`` in one pass; w: ``(N*T, C, 3)``."""
-    return _sums_of_rows(x, weight.to(x.dtype), n_segment, 0, memory.empty_like)
+    return _sums_of_rows(x, weight, n_segment, 0, memory.empty_like)
 
 
 def _sums_of_rows(
@@ -306,7 +306,7 @@ def _sums_of_rows(
     weights = weight.reshape(-1).index_select(0, taps)
     if x.nbytes <= _FRESH:
         sums: Tensor = torch.embedding_bag(table, rows, starts, False, 0, False, weights, True)[0]
-        return sums.resize_(x.shape)  # no view: as above
+        return sums.resize_(x.shape)  # no view: what follows may change it in place
     shape = frames * channels, len(table)
     matrix = torch.sparse_csr_tensor(starts, rows, weights, shape, check_invariants=False)
     y = empty_like(x, memory_format=torch.contiguous_format)

@@ -74,7 +74,7 @@ class TEModule(TemporalModule):
             return self._causal(x)
         pooled = self._pooled(x)
         kernel = self.fc2(self.act(self.fc1(pooled))).softmax(dim=-1)  # (N, C, 3)
-        gate, kernel = self._gate(pooled).to(x.dtype), kernel.to(x.dtype)
+        gate = self._gate(pooled).to(x.dtype)
         if self.fast and passes.has_framewise_conv(x, gate, kernel):
             return passes.framewise_conv(x, self._taps(gate, kernel), self.n_segment)
         return clipwise_temporal_conv(x * gate, kernel, self.n_segment)
