@@ -36,6 +36,10 @@ class Again:
         self._compute = lambda: function(first())
         self._version = y._version
 
+    def replaced(self, compute: Callable[[], Tensor]) -> None:
+        """``compute`` gives from now on what serves as ``y`` for all it has been saved for."""
+        self._compute = compute
+
     def instead_of(self, y: Tensor) -> AbstractContextManager:
         """While entered, autograd keeps this where it would keep ``y``, whatever the shape.
 
@@ -87,9 +91,12 @@ def check_version(x: Tensor, version: int) -> None:
 
 
 class Input(Tensor):
-    """The input of a layer: its convolution or average pooling keeps ``again`` in its place."""
+    """The input of a layer."""
 
-    again: Again
+    again: Again | None = None
+    """What a convolution or average pooling keeps in its place."""
+    rectified = False
+    """Whether a ReLU in place has nothing to do."""
 
     @classmethod
     def __torch_function__(
@@ -97,6 +104,8 @@ class Input(Tensor):
     ) -> Any:
         first: Any = args[0] if args else None
         with torch._C.DisableTorchFunctionSubclass():
+            if func is F.relu and getattr(first, "rectified", False) and (kwargs or {}).get("inplace"):
+                return first.as_subclass(Tensor)
             again = Again.of(first) if func in (F.conv2d, F.avg_pool2d) else None
             with again.instead_of(first) if again else nullcontext():
                 return func(*args, **(kwargs or {}))

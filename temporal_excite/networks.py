@@ -92,7 +92,7 @@ def tea(
             raise ValueError(f"{_name(block)} has scale {host.scale}; scale={scale} would need other weights")
         if me:
             excitation = excite(host.width * host.scale)
-            excitation.overwrites = True  # the ReLU in front is its own
+            excitation.between_relus = True
             plan.append(_behind_relu(block, "me", {"me": excitation}))
         start = "identity" if form == "released" else "shift"
         for i in range(len(host.convs)):

@@ -224,7 +224,7 @@ def nine_means(x: Tensor) -> Tensor:
     # by frames one matrix product, where gathering the edges takes longer
     small = x.numel() <= 1 << 20 or (x.dtype == kind and x.is_contiguous() and height * width <= 1 << 9)
     if x.device.type == "cpu" and small and height * width <= 1 << 12 and not in_graph():
-        weights = _constant(_mean_weights, height, width, x, kind)
+        weights = constant(mean_weights, height, width, x, kind)
         products = torch.bmm(weights.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2).to(kind))
         return products.transpose(0, 1)
     if in_graph():  # by lines: a compiler's loop over a whole map would leave the cache
@@ -237,7 +237,7 @@ def nine_means(x: Tensor) -> Tensor:
     return torch.stack(means + [x[:, :, i, j] for i in (0, -1) for j in (0, -1)])
 
 
-def _mean_weights(height: int, width: int) -> list[list[float]]:
+def mean_weights(height: int, width: int) -> list[list[float]]:
     """What each position of a map counts for in each of the :func:`nine_means`."""
     rows, columns = ([[1 / n] * n, [1.0] + [0.0] * (n - 1), [0.0] * (n - 1) + [1.0]] for n in (height, width))
     return [[r * c for r in rows[i] for c in columns[j]] for i, j in _PARTS]
@@ -262,7 +262,7 @@ def coefficients(kernel: Tensor, height: int, width: int) -> Tensor:
     often as the kernel has weight, an outer row or column is taken off again with the weight of the taps
     that miss it, and a corner given back where that took it off twice.
     """
-    return linear(_constant(_tap_weights, height, width, kernel, kernel.dtype), kernel.flatten(1))
+    return linear(constant(_tap_weights, height, width, kernel, kernel.dtype), kernel.flatten(1))
 
 
 def _tap_weights(height: int, width: int) -> list[list[float]]:
@@ -277,10 +277,10 @@ def _tap_weights(height: int, width: int) -> list[list[float]]:
 _constants: dict[tuple[Any, ...], Tensor] = {}
 
 
-def _constant(
+def constant(
     rows: Callable[[int, int], list[list[float]]], height: int, width: int, like: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """``rows(height, width)`` on the device of ``like``, made once."""
+    """``rows(height, width)`` on the device of ``like``, made once; not to be changed."""
     key = rows, height, width, dtype, like.device
     real = type(like) in (Tensor, nn.Parameter) and not in_graph()  # no stand-in of a tracer
     if real and key in _constants:

@@ -7,7 +7,7 @@ its loops so that intermediate results stay in cache and keeps nothing for backw
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, partial
 from math import gcd
@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import memory, ops, past
 from .again import Again, Input, autocast_of_now, check_version, computing
-from .ops import following, in_graph, nine_counts, nine_parts, previous, to_clips
+from .ops import following, in_graph, previous, to_clips
 
 # bytes a pass works on at a time: smaller ones cost more calls than they spare traffic beyond the cache
 _BLOCK = 4 << 20
@@ -376,12 +376,13 @@ class _NineMeans(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        counts = grad.new_tensor(nine_counts(*ctx.shape[2:]))[:, None, None]
-        total, *parts = (grad / counts).to(ctx.dtype)[..., None, None]
-        full = total.expand(ctx.shape).clone(memory_format=ctx.layout)
-        for view, part in zip(nine_parts(full)[1:], parts, strict=True):
-            view += part
-        return full
+        frames, _, height, width = ctx.shape
+        weights = ops.constant(ops.mean_weights, height, width, grad, grad.dtype).expand(frames, -1, -1)
+        if ctx.layout is torch.channels_last:
+            spread = torch.bmm(weights.transpose(1, 2), grad.transpose(0, 1)).transpose(1, 2)
+        else:
+            spread = torch.bmm(grad.permute(1, 2, 0), weights)
+        return spread.to(ctx.dtype).unflatten(2, (height, width))
 
 
 def gate(y: Tensor, *gates: Tensor, reuse: bool = False) -> Tensor:
@@ -423,20 +424,104 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         y, *gates = ctx.saved_tensors
-        grad_y = gate(grad, *gates)
-        dims = [[d for d in (-3, -2, -1) if g.shape[d] == 1] for g in gates]  # a gate is broadcast over
+        return gate(grad, *gates), *_sums_of_products(grad, y, gates)
+
+
+def _sums_of_products(grad: Tensor, y: Tensor, gates: Sequence[Tensor]) -> list[Tensor]:
+    """``grad * y``, summed over what each gate is broadcast over."""
+    dims = [[d for d in (-3, -2, -1) if g.shape[d] == 1] for g in gates]
+    if torch.is_grad_enabled():  # a graph of the gradient is wanted
+        product = grad * y
+        return [product.sum(d, keepdim=True) for d in dims]
+    sums = [torch.empty_like(g) for g in gates]
+    views = [_by_threads(t) for t in (grad, y, *sums)]
+    step = _per_block(views[1], 1)
+    products = torch.empty_like(views[1][:, :step])
+    for first, second, *outs in zip(*(t.split(step, 1) for t in views), strict=True):
+        product = torch.mul(first, second, out=products[:, : second.shape[1]])
+        for d, out in zip(dims, outs, strict=True):
+            torch.sum(product, d, keepdim=True, dtype=out.dtype, out=out)
+    return sums
+
+
+def has_excite(x: Tensor, squeeze: nn.Module) -> bool:
+    """Whether :func:`excite` takes ``x``: for a gradient, in the precision of the parameters."""
+    return (
+        type(squeeze) is nn.Conv2d
+        and squeeze.bias is None
+        and x.dtype == squeeze.weight.dtype
+        and x.dtype in (torch.float32, torch.float64)  # in fewer bits a quotient would show
+        and ops.autocast_dtype(x.device.type) is None
+        and not in_graph()
+        and needs_grad(x, squeeze.weight)
+    )
+
+
+def excite(x: Tensor, weight: Tensor, gate_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """``y = x * gate_of(squeeze(x))``, the squeeze a 1x1 convolution, the gate ``(N*T, C, 1, 1)``.
+
+    Keeps ``y`` for backward, as the layer behind does, and not ``x = y / gate``. So the gate must stay away
+    from zero, be positive, and ``x`` be a ReLU's result, of which that keeps no more than the sign.
+    """
+    ends: list[Tensor] = []
+    squeezed, same = _Squeeze.apply(x, weight, ends)
+    y: Tensor = _Excite.apply(same, gate_of(squeezed), ends)
+    if again := Again.of(x):
+        again.replaced(computing(lambda y: y, y))
+    return y
+
+
+class _Squeeze(torch.autograd.Function):
+    """``squeeze(x)`` and ``x``, whose gradient then comes in one piece to add to."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: list[Tensor]) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(weight)
+        ctx.ends = ends
+        squeezed = torch.bmm(weight.flatten(1).expand(len(x), -1, -1), x.flatten(2))
+        return squeezed.unflatten(2, x.shape[2:]), x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_x: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        (weight,) = ctx.saved_tensors
+        y, gate = ctx.ends
+        ctx.ends.clear()
+        grad = grad.flatten(2)
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            sums = torch.bmm(grad, y.flatten(2).transpose(1, 2)) / gate.view(len(y), 1, -1)
+            grad_weight = sums.sum(0).view_as(weight)
+        terms = weight.flatten(1).T.expand(len(y), -1, -1), grad
         if torch.is_grad_enabled():  # a graph of the gradient is wanted
-            product = grad * y
-            return grad_y, *(product.sum(d, keepdim=True) for d in dims)
-        grads = [torch.empty_like(g) for g in gates]
-        views = [_by_threads(t) for t in (grad, y, *grads)]
-        step = _per_block(views[1], 1)
-        products = torch.empty_like(views[1][:, :step])
-        for first, second, *outs in zip(*(t.split(step, 1) for t in views), strict=True):
-            product = torch.mul(first, second, out=products[:, : second.shape[1]])
-            for d, out in zip(dims, outs, strict=True):
-                torch.sum(product, d, keepdim=True, dtype=out.dtype, out=out)
-        return grad_y, *grads
+            return torch.baddbmm(grad_x.flatten(2), *terms).view_as(grad_x), grad_weight, None
+        grad_x.flatten(2).baddbmm_(*terms)  # _Excite made it, for this alone
+        return grad_x, grad_weight, None
+
+
+class _Excite(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor, ends: list[Tensor]) -> Tensor:
+        y = _gate(x, (gate,), torch.empty_like(x, memory_format=_layout(x)))
+        ctx.save_for_backward(y, gate)
+        ctx.ends = ends
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        y, gate = ctx.ends[:] = ctx.saved_tensors
+        (sums,) = _sums_of_products(grad, y, [gate])
+        if torch.is_grad_enabled():
+            return grad * gate, sums / gate, None
+        return _gate(grad, (gate,), torch.empty_like(y, memory_format=_layout(y))), sums / gate, None
+
+
+def rectified(y: Tensor) -> Tensor:
+    """``y``, nowhere negative, for a ReLU in place alone, which then has nothing to do."""
+    if in_graph() or not _is_real(y):
+        return y
+    given = y.as_subclass(Input)
+    given.rectified = True
+    return given
 
 
 def part_shift(x: Tensor, ahead: int, behind: int, n_segment: int) -> Tensor:
@@ -488,8 +573,14 @@ def _sums_of_maps(grad: Tensor, x: Tensor, n_segment: int, offset: int) -> Tenso
     wide = torch.promote_types(x.dtype, torch.float32)
     clips = zip(*(to_clips(t.flatten(2), n_segment) for t in (grad, x)), strict=True)
     products = [torch.bmm(a.to(wide).transpose(0, 1), b.to(wide).permute(1, 2, 0)) for a, b in clips]
-    total = torch.stack(products).sum(0)
-    return torch.stack([total.diagonal(d, 1, 2).sum(-1) for _, d in _steps(offset)], -1)
+    total = sum(products[1:], products[0])
+    return total.flatten(1) @ ops.constant(_diagonals, n_segment, offset, total, wide)
+
+
+def _diagonals(n_segment: int, offset: int) -> list[list[float]]:
+    """Which of the products of T frames with T frames each tap is the sum of: ``(T * T, 3)``."""
+    frames = range(n_segment)
+    return [[float(b - a == d) for _, d in _steps(offset)] for a in frames for b in frames]
 
 
 def _sums_of_pixels(grad: Tensor, x: Tensor, n_segment: int, offset: int) -> Tensor:

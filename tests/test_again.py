@@ -106,6 +106,17 @@ def test_networks_learn_the_same(backbone, module, monkeypatch):
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_me_needs_its_result_alone(memory_format):
+    model = timm.create_model("res2net50_26w_4s", num_classes=2)
+    model.layer2, model.layer3, model.layer4, model.fc = (nn.Identity() for _ in range(4))
+    te.inject(model, "tea", n_segment=4).double().train().to(memory_format=memory_format)
+    plain = te.set_fast(copy.deepcopy(model), False)
+    x = torch.randn(8, 3, 28, 36, dtype=torch.float64).contiguous(memory_format=memory_format)
+    for found, expected in zip(gradients(model, x), gradients(plain, x), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9 * max(1, expected.abs().max()))
+
+
 def test_nothing_holds_the_output(monkeypatch):
     outputs = []
 

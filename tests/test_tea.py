@@ -19,9 +19,27 @@ from temporal_excite.modules import MotionExcitation
 from temporal_excite.networks import TEMPORAL_CONVS
 
 T = 4
+
+
+class BetweenReLUs(nn.Module):
+    """ME where a Res2Net block has it."""
+
+    def __init__(self, channels, n_segment, **kwargs):
+        super().__init__()
+        self.channels = channels
+        self.me = MotionExcitation(channels, n_segment, **kwargs)
+        self.me.between_relus = True
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        return self.relu(self.me(x.relu()))
+
+
 BUILD = {
     "me": lambda c, t: MotionExcitation(c, t),
     "me text": lambda c, t: MotionExcitation(c, t, 4, form="text"),
+    "me between relus": lambda c, t: BetweenReLUs(c, t, reduction=2),
+    "me text between relus": lambda c, t: BetweenReLUs(c, t, form="text"),
     "me without residual": lambda c, t: MotionExcitation(c, t, residual=False),
     "mta": lambda c, t: te.MTA(4 * c, t),
     "mta text": lambda c, t: te.MTA(4 * c, t, form="text"),
@@ -42,6 +60,8 @@ shapes = st.tuples(*(st.integers(1, top) for top in (2, 4, 5, 5, 5)))  # N, T, C
 def expected(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     if isinstance(module, MotionExcitation):
         return plain.motion_excitation(x, module)
+    if isinstance(module, BetweenReLUs):
+        return plain.motion_excitation(x.relu(), module.me).relu()
     if isinstance(module, te.MTA):
         return plain.mta(x, module)
     if isinstance(module, te.TEABlock):
@@ -70,7 +90,9 @@ def test_equals_reference(name, training, shape, seed):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9 * (1 + float(b.abs().max())))
 
 
-@pytest.mark.parametrize("name", ["me", "me text", "mta text", "mta stride, text", "conv full"])
+@pytest.mark.parametrize(
+    "name", ["me", "me text", "me between relus", "mta text", "mta stride, text", "conv full"]
+)
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_gradcheck(name, training):
     torch.manual_seed(0)
@@ -79,6 +101,24 @@ def test_gradcheck(name, training):
     assert torch.autograd.gradcheck(module, (x,))
     if name.startswith("me"):  # whose gate has a backward of its own
         assert torch.autograd.gradgradcheck(module, (x,))
+
+
+def test_between_relus_a_result_is_final():
+    """The ReLU behind ME does nothing, and what is changed all the same before backward is an error."""
+    torch.manual_seed(0)
+    module = MotionExcitation(16, T)
+    module.between_relus = True
+    x = torch.rand(T, 16, 3, 2, requires_grad=True)
+    excited = module(x)
+    version = excited._version
+    result = nn.ReLU(inplace=True)(excited)
+    assert type(result) is torch.Tensor
+    assert result.data_ptr() == excited.data_ptr() and result._version == version
+    (gradient,) = torch.autograd.grad(result.sum(), x, retain_graph=True)
+    torch.testing.assert_close(gradient, torch.autograd.grad(module(x).as_subclass(torch.Tensor).sum(), x)[0])
+    result.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.sum().backward()
 
 
 def test_gates_stay_positive():
@@ -200,16 +240,16 @@ def test_network_overwrites_what_is_its_own():
     """Without gradients the results of ME and the last part take their inputs' memory, with them not."""
     model = te.inject(network(RES2NET, (1, 2, 1, 1)), "tea", T).double()
     excitation, last = model.layer2[1].bn1.temporal.me, model.layer2[1].drop_block.temporal
-    for module in (randomise(excitation), randomise(last)):
+    for module, flag in ((randomise(excitation).eval(), "between_relus"), (randomise(last), "overwrites")):
         x = torch.randn(T, module.channels, 5, 4, dtype=torch.float64)
         with torch.no_grad():
             result = module(x.clone())
             given = x.clone()
             assert module(given).data_ptr() == given.data_ptr() and torch.equal(given, result)
-            module.overwrites = False
+            setattr(module, flag, False)
             given = x.clone()
             assert torch.equal(module(given), result) and torch.equal(given, x)
-            module.overwrites = True
+            setattr(module, flag, True)
         given = x.clone()
         assert torch.equal(module(given), result) and torch.equal(given, x)
 

@@ -205,10 +205,14 @@ class ME(Excitation):
                 return self.motion_of_means(passes.nine_means(x), *x.shape[2:])
         with passes.sparing(x):
             squeezed = squeeze(self.squeeze, x) if self.fast else self.squeeze(x)
+        return self.motion_of_squeezed(squeezed)
+
+    def motion_of_squeezed(self, squeezed: Tensor) -> Tensor:
+        """The pooled motion F of ``squeeze(x)``."""
         features = self.norm(squeezed)
         if self.fast and type(self.transform) is nn.Conv2d:
-            with full_precision(x):
-                return self._motion_of_features(passes.nine_means(features), *x.shape[2:])
+            with full_precision(squeezed):
+                return self._motion_of_features(passes.nine_means(features), *squeezed.shape[2:])
         if self.causal:
             pooled = (F.adaptive_avg_pool2d(f, 1).flatten(1) for f in (self.transform(features), features))
             return self._difference(*pooled)

@@ -49,20 +49,34 @@ class MotionExcitation(ME):
         super().__init__(channels, n_segment, reduction, norm=_check_form(form) == "released", causal=causal)
         self.residual = residual
         self.form = form
-        self.overwrites = False
-        """Whether, without gradients, the result may take the memory of the input: nothing else reads it."""
+        self.between_relus = False
+        """Whether the input is a ReLU's result that nothing else reads, and the result goes to a ReLU."""
         self.norm2 = nn.BatchNorm2d(channels) if form == "released" else nn.Identity()
 
     def gate(self, x: Tensor) -> Tensor:
         """The motion-attentive weights A, ``(N*T, C, 1, 1)``."""
-        motion = self.motion(x).to(self.expand.weight.dtype)
+        return self.gate_of_motion(self.motion(x))
+
+    def gate_of_motion(self, motion: Tensor) -> Tensor:
+        motion = motion.to(self.expand.weight.dtype)
         gate = self.norm2(pointwise(self.expand, motion)[..., None, None]).sigmoid() - 0.5
         return gate if self.form == "released" else 2 * gate
 
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
+        if self.fast and self.between_relus:
+            return passes.rectified(self._excite_rectified(x))
         gate = 1 + self.gate(x) if self.residual else self.gate(x)
-        return passes.gate(x, gate, reuse=self.overwrites) if self.fast else x * gate.to(x.dtype)
+        return passes.gate(x, gate) if self.fast else x * gate.to(x.dtype)
+
+    def _excite_rectified(self, x: Tensor) -> Tensor:
+        if self.form == "text" or self.linear or not passes.has_excite(x, self.squeeze):
+            return passes.gate(x, 1 + self.gate(x), reuse=True)
+
+        def gate_of(squeezed: Tensor) -> Tensor:  # within (1/2, 3/2)
+            return 1 + self.gate_of_motion(self.motion_of_squeezed(squeezed))
+
+        return passes.excite(x, self.squeeze.weight, gate_of)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, residual={self.residual}, form={self.form!r}"
@@ -256,7 +270,7 @@ class PartConv(TemporalModule):
             raise ValueError(f"width={width} is more than the {channels} channels")
         self.conv = TemporalConv(width, n_segment, shift_div=2, causal=causal)
         self.overwrites = False
-        """As :attr:`MotionExcitation.overwrites`."""
+        """Whether, without gradients, the result may take the memory of the input: nothing else reads it."""
 
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
