@@ -75,7 +75,8 @@ def _recomputed(node: Any) -> tuple[Tensor, Tensor]:
         (x,) = node.saved_tensors
         if not differentiable:
             x = x.detach().requires_grad_(x.requires_grad)
-        with torch.enable_grad(), node.autocast, node.module:
+        momentary = nullcontext() if differentiable else memory.recomputing()
+        with torch.enable_grad(), node.autocast, node.module, momentary:
             node.recomputed = differentiable, x, node.function(x)
     _, x, y = node.recomputed
     return x, y
@@ -339,7 +340,7 @@ class _TemporalConv(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, n_segment: int, offset: int) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.options = n_segment, offset
-        return _temporal_conv(x, weight, n_segment, offset, torch.empty_like)
+        return _temporal_conv(x, weight, n_segment, offset, memory.result_like)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -347,7 +348,11 @@ class _TemporalConv(torch.autograd.Function):
         n_segment, offset = ctx.options
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:  # the adjoint convolution: taps in reverse order
-            grad_x = _TemporalConv.apply(grad, weight.flip(-1), n_segment, -offset)
+            options = weight.flip(-1), n_segment, -offset
+            if torch.is_grad_enabled():  # a graph of the gradient is wanted
+                grad_x = _TemporalConv.apply(grad, *options)
+            else:
+                grad_x = _temporal_conv(grad, *options, memory.empty_like)
         if ctx.needs_input_grad[1]:
             sums = _sums_of_pixels if _is_channels_last(x) else _sums_of_maps
             grad_weight = sums(grad, x, n_segment, offset).unsqueeze(1).to(weight.dtype)
@@ -419,7 +424,7 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, *gates: Tensor) -> Tensor:
         ctx.save_for_backward(y, *gates)
-        return _gate(y, gates, torch.empty_like(y, memory_format=_layout(y)))
+        return _gate(y, gates, memory.result_like(y, memory_format=_layout(y)))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
@@ -512,7 +517,7 @@ class _Excite(torch.autograd.Function):
         (sums,) = _sums_of_products(grad, y, [gate])
         if torch.is_grad_enabled():
             return grad * gate, sums / gate, None
-        return _gate(grad, (gate,), torch.empty_like(y, memory_format=_layout(y))), sums / gate, None
+        return _gate(grad, (gate,), memory.empty_like(y, memory_format=_layout(y))), sums / gate, None
 
 
 def rectified(y: Tensor) -> Tensor:

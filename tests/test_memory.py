@@ -33,12 +33,12 @@ def test_memory_is_used_again_only_when_nothing_holds_it(hold):
     assert fresh().data_ptr() == address
 
 
-def test_no_more_than_two_pieces_are_kept():
-    results = [fresh() for _ in range(3)]
+def test_no_more_than_four_pieces_are_kept():
+    results = [fresh() for _ in range(5)]
     addresses = {y.data_ptr() for y in results}
-    assert len(addresses) == 3
+    assert len(addresses) == 5
     del results
-    again = [fresh(), fresh()]
+    again = [fresh() for _ in range(4)]
     assert {y.data_ptr() for y in again} == kept_addresses()
     assert {y.data_ptr() for y in again} < addresses
 
@@ -87,6 +87,28 @@ def test_what_a_hook_holds_stays_as_it_is(name):
         model(torch.randn(8, 3, 112, 112))
     assert len(held) == 16
     assert all(torch.equal(a, b) for a, b in zip(held, copies, strict=True))
+
+
+def test_results_with_a_gradient_while_recomputing_only():
+    x = torch.empty(SHAPE)
+    with memory.recomputing():
+        assert memory.result_like(x, memory_format=torch.channels_last).data_ptr() in kept_addresses()
+    assert memory.result_like(x, memory_format=torch.channels_last).data_ptr() not in kept_addresses()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_gradient_stays_as_it_is(layout):
+    torch.manual_seed(0)
+    module = te.ActionModule(96, 8).train()  # of more than 8 MiB
+    gradients, copies = [], []
+    for _ in range(6):
+        x = torch.randn(8, 96, 56, 56).contiguous(memory_format=layout).requires_grad_()
+        module(x).square().sum().backward()
+        gradients.append(x.grad)
+        copies.append(x.grad.clone())
+    addresses = {g.data_ptr() for g in gradients}
+    assert len(addresses) == 6 and addresses & kept_addresses()
+    assert all(torch.equal(a, b) for a, b in zip(gradients, copies, strict=True))
 
 
 def test_without_gradients_as_with_them():
