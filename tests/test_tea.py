@@ -114,7 +114,8 @@ def test_between_relus_a_result_is_final():
     result = nn.ReLU(inplace=True)(excited)
     assert type(result) is torch.Tensor
     assert result.data_ptr() == excited.data_ptr() and result._version == version
-    (gradient,) = torch.autograd.grad(result.sum(), x, retain_graph=True)
+    gradient, again = (torch.autograd.grad(result.sum(), x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(gradient, again)
     torch.testing.assert_close(gradient, torch.autograd.grad(module(x).as_subclass(torch.Tensor).sum(), x)[0])
     result.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
