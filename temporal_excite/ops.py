@@ -249,11 +249,6 @@ def nine_parts(x: Tensor) -> list[Tensor]:
     return [x[:, :, which[i], which[j]] for i, j in _PARTS]
 
 
-def nine_counts(height: int, width: int) -> list[int]:
-    """Of how many positions each of the :func:`nine_means` is the mean."""
-    return [(1 if i else height) * (1 if j else width) for i, j in _PARTS]
-
-
 def coefficients(kernel: Tensor, height: int, width: int) -> Tensor:
     """``(C, 1, 3, 3)`` to ``(9, C)``: ``mean(kernel * x) = (coefficients * nine_means(x)).sum(0)``, exactly.
 
@@ -268,7 +263,7 @@ def coefficients(kernel: Tensor, height: int, width: int) -> Tensor:
 def _tap_weights(height: int, width: int) -> list[list[float]]:
     """What each tap of a kernel counts for in each of the :func:`coefficients`."""
     taps = (1, 1, 1), (0, 0, -1), (-1, 0, 0)  # of a line, that everything, the first, the last counts for
-    shares = [count / (height * width) for count in nine_counts(height, width)]
+    shares = [(1 if i else height) * (1 if j else width) / (height * width) for i, j in _PARTS]
     return [
         [s * ky * kx for ky in taps[i] for kx in taps[j]] for s, (i, j) in zip(shares, _PARTS, strict=True)
     ]
@@ -361,8 +356,12 @@ def squeeze(conv: nn.Module, x: Tensor) -> Tensor:
     by_frame = x.device.type == "cpu" and x.is_contiguous() and not in_graph() and not _countable
     if not by_frame or type(conv) is not nn.Conv2d or conv.bias is not None:
         return conv(x)
-    weight = conv.weight.flatten(1).expand(len(x), -1, -1)
-    return torch.bmm(weight, x.flatten(2)).unflatten(2, x.shape[2:])
+    return squeeze_by_frame(conv.weight, x)
+
+
+def squeeze_by_frame(weight: Tensor, x: Tensor) -> Tensor:
+    """A 1x1 convolution as a matrix product for each frame."""
+    return torch.bmm(weight.flatten(1).expand(len(x), -1, -1), x.flatten(2)).unflatten(2, x.shape[2:])
 
 
 def autocast_dtype(kind: str) -> torch.dtype | None:

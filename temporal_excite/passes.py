@@ -483,8 +483,7 @@ class _Squeeze(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, ends: list[Tensor]) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(weight)
         ctx.ends = ends
-        squeezed = torch.bmm(weight.flatten(1).expand(len(x), -1, -1), x.flatten(2))
-        return squeezed.unflatten(2, x.shape[2:]), x
+        return ops.squeeze_by_frame(weight, x), x
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_x: Tensor) -> tuple[Tensor, Tensor | None, None]:
@@ -513,11 +512,9 @@ class _Excite(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        y, gate = ctx.ends[:] = ctx.saved_tensors
-        (sums,) = _sums_of_products(grad, y, [gate])
-        if torch.is_grad_enabled():
-            return grad * gate, sums / gate, None
-        return _gate(grad, (gate,), memory.empty_like(y, memory_format=_layout(y))), sums / gate, None
+        y, factor = ctx.ends[:] = ctx.saved_tensors
+        (sums,) = _sums_of_products(grad, y, [factor])
+        return gate(grad, factor), sums / factor, None
 
 
 def rectified(y: Tensor) -> Tensor:

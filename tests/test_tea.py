@@ -241,7 +241,7 @@ def test_network_overwrites_what_is_its_own():
     """Without gradients the results of ME and the last part take their inputs' memory, with them not."""
     model = te.inject(network(RES2NET, (1, 2, 1, 1)), "tea", T).double()
     excitation, last = model.layer2[1].bn1.temporal.me, model.layer2[1].drop_block.temporal
-    for module, flag in ((randomise(excitation).eval(), "between_relus"), (randomise(last), "overwrites")):
+    for module, flag in ((randomise(excitation), "between_relus"), (randomise(last), "overwrites")):
         x = torch.randn(T, module.channels, 5, 4, dtype=torch.float64)
         with torch.no_grad():
             result = module(x.clone())
