@@ -74,21 +74,19 @@ def to_clips(x: Tensor, n_segment: int) -> Tensor:
 
 def previous(frames: Tensor, n_segment: int, steps: int = 1) -> Tensor:
     """Frames moved so that frame t of a clip holds frame t - ``steps``; the first ones are zero."""
-    moved = _blank(frames)
-    moved[steps:] = frames[:-steps]  # which a compiler fuses, other than a concatenation
-    return _zeroed(moved, n_segment, range(min(steps, n_segment)))
+    return _zeroed(_moved(frames, n_segment, steps), n_segment, range(min(steps, n_segment)))
 
 
 def following(frames: Tensor, n_segment: int) -> Tensor:
     """Frames moved so that frame t of a clip holds frame t+1; the last frame is zero."""
-    moved = _blank(frames)
-    moved[:-1] = frames[1:]
-    return _zeroed(moved, n_segment, [n_segment - 1])
+    return _zeroed(_moved(frames, n_segment, -1), n_segment, [n_segment - 1])
 
 
 def step_ahead(later: Tensor, now: Tensor, n_segment: int) -> Tensor:
     """``later[t+1] - now[t]`` at frame t, zero at a clip's last frame."""
-    difference = _blank(now)
+    if in_graph():
+        return _zeroed(_moved(later, n_segment, -1) - now, n_segment, [n_segment - 1])
+    difference = torch.empty_like(now)
     difference[:-1] = later[1:] - now[:-1]
     return _zeroed(difference, n_segment, [n_segment - 1])
 
@@ -98,9 +96,16 @@ def first_zeroed(frames: Tensor, n_segment: int) -> Tensor:
     return _zeroed(frames.clone(), n_segment, [0])
 
 
-def _blank(x: Tensor) -> Tensor:
-    """Like ``x``, to be overwritten. A compiler allocates, and reads, what is empty; zeros are a constant."""
-    return torch.zeros_like(x) if in_graph() else torch.empty_like(x)
+def _moved(frames: Tensor, n_segment: int, steps: int) -> Tensor:
+    """Frame i at i + ``steps``; what arrives from beyond the ends is arbitrary."""
+    upper, lower = (slice(k, None) if k > 0 else slice(k) for k in (steps, -steps))
+    if in_graph() and not in_compiler() and abs(steps) > n_segment - 2:
+        # of one clip a single frame moves, or none: copying would ask an exporter whether there are more
+        return F.pad(frames, [0, 0] * (frames.ndim - 1) + [max(0, steps), max(0, -steps)])[lower]
+    # a compiler fuses this, other than a concatenation; it allocates, and reads, what is empty
+    moved = torch.zeros_like(frames) if in_graph() else torch.empty_like(frames)
+    moved[upper] = frames[lower]
+    return moved
 
 
 def _zeroed(frames: Tensor, n_segment: int, positions: Sequence[int]) -> Tensor:
@@ -188,21 +193,31 @@ def causal_conv(now: Tensor, past: Sequence[Tensor], weight: Tensor) -> Tensor:
     return (now * third).addcmul_(two, first).addcmul_(one, second)
 
 
-def clipwise_temporal_conv(x: Tensor, kernel: Tensor, n_segment: int) -> Tensor:
-    """:func:`temporal_conv` with a kernel of its own for each clip.
+def at_each_frame(function: Callable[[Tensor], Tensor], frames: Tensor, n_segment: int) -> Tensor:
+    """``(N*T, C)`` to ``(N*T, ...)``: what ``function``, ``(N, C, T)`` to ``(N, ...)``, makes of the clip."""
+    if in_graph() and not _countable:  # a view by clips would ask an exporter whether there is but one
+        frame = torch.arange(frames.shape[0], device=frames.device)
+        first = frame - frame % n_segment
+        clips = frames[first[:, None] + torch.arange(n_segment, device=frames.device)]
+        return function(clips.transpose(1, 2))
+    return function(to_clips(frames, n_segment).transpose(1, 2)).repeat_interleave(n_segment, 0)
+
+
+def framewise_temporal_conv(x: Tensor, kernel: Tensor, n_segment: int) -> Tensor:
+    """:func:`temporal_conv` with a kernel of each frame's own, the same for all frames of a clip.
 
     Args:
         x: ``(N*T, C, H, W)``.
-        kernel: ``(N, C, 3)``.
+        kernel: ``(N*T, C, 3)``.
         n_segment: T.
     """
     kernel = kernel.to(x.dtype)
     if _countable:
         clips = to_clips(x.flatten(2), n_segment).transpose(1, 2).flatten(0, 1)  # (N*C, T, H*W)
-        y = F.conv2d(clips[None], kernel.reshape(-1, 1, 3, 1), padding=(1, 0), groups=len(clips))
+        kernel = kernel[::n_segment].reshape(-1, 1, 3, 1)
+        y = F.conv2d(clips[None], kernel, padding=(1, 0), groups=len(clips))
         return y.unflatten(1, (-1, x.shape[1]))[0].transpose(1, 2).reshape(x.shape)
-    kernel = kernel[:, None].expand(-1, n_segment, -1, -1).flatten(0, 1)[..., None, None]
-    before, now, after = kernel.unbind(2)
+    before, now, after = kernel[..., None, None].unbind(2)
     return sum_taps(x * before, x * now, x * after, n_segment)
 
 
@@ -221,9 +236,7 @@ def nine_means(x: Tensor) -> Tensor:
         return torch.stack([spatial_mean(part) for part in nine_parts(x)])
     height, width = x.shape[2:]
     kind = torch.promote_types(x.dtype, torch.float32)
-    # by frames one matrix product, where gathering the edges takes longer
-    small = x.numel() <= 1 << 20 or (x.dtype == kind and x.is_contiguous() and height * width <= 1 << 9)
-    if x.device.type == "cpu" and small and height * width <= 1 << 12 and not in_graph():
+    if not in_graph() and x.device.type == "cpu" and _has_short_product(x, kind):
         weights = constant(mean_weights, height, width, x, kind)
         products = torch.bmm(weights.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2).to(kind))
         return products.transpose(0, 1)
@@ -235,6 +248,13 @@ def nine_means(x: Tensor) -> Tensor:
     # each by itself: of two columns at once each thread would take one, of all frames
     means += [x[..., j].mean(2, dtype=kind) for j in (0, -1)]
     return torch.stack(means + [x[:, :, i, j] for i in (0, -1) for j in (0, -1)])
+
+
+def _has_short_product(x: Tensor, kind: torch.dtype) -> bool:
+    """Whether a matrix product for each frame gives its nine means in less time than gathering the edges."""
+    size = x.shape[2] * x.shape[3]
+    by_frame = x.dtype == kind and x.is_contiguous() and size <= 1 << 9
+    return by_frame or (x.numel() <= 1 << 20 and size <= 1 << 12)
 
 
 def mean_weights(height: int, width: int) -> list[list[float]]:

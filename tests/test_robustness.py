@@ -194,11 +194,10 @@ def test_compile(family):
 def test_export(family):
     model, x = build(family)
     # T frames of any number of clips
-    frames = T * torch.export.Dim("clips", min=2, max=64)
+    frames = T * torch.export.Dim("clips", min=1, max=64)
     program = torch.export.export(model, (x,), dynamic_shapes=({0: frames},)).module()
-    assert same(program(x), model(x))
-    more = torch.cat([x, x.flip(0), x])
-    assert same(program(more), model(more))
+    for clips in (x, x[:T], torch.cat([x, x.flip(0), x])):
+        assert same(program(clips), model(clips))
 
 
 @pytest.mark.parametrize(

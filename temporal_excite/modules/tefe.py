@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from .. import passes
 from ..ops import (
+    at_each_frame,
     causal_conv,
-    clipwise_temporal_conv,
     following,
+    framewise_temporal_conv,
     positive_int,
     previous,
     sum_taps,
-    to_clips,
+    temporal_conv,
 )
 from .base import TemporalModule
 from .registry import register_module
@@ -73,25 +74,29 @@ class TEModule(TemporalModule):
         if self.causal:
             return self._causal(x)
         pooled = self._pooled(x)
-        kernel = self.fc2(self.act(self.fc1(pooled))).softmax(dim=-1)  # (N, C, 3)
+        kernel = at_each_frame(self._kernel, pooled, self.n_segment)  # (N*T, C, 3)
         gate = self._gate(pooled).to(x.dtype)
         if self.fast and passes.has_framewise_conv(x, gate, kernel):
             return passes.framewise_conv(x, self._taps(gate, kernel), self.n_segment)
-        return clipwise_temporal_conv(x * gate, kernel, self.n_segment)
+        return framewise_temporal_conv(x * gate, kernel, self.n_segment)
 
     def _taps(self, gate: Tensor, kernel: Tensor) -> Tensor:
         """Kernel and mask as one: what each frame takes of the one before, itself and the one after,
         ``(N*T, C, 3)``."""
         frames = gate.flatten(1)
         masks = [previous(frames, self.n_segment), frames, following(frames, self.n_segment)]
-        return torch.stack(masks, 2) * kernel.repeat_interleave(self.n_segment, 0)
+        return torch.stack(masks, 2) * kernel
 
     def _causal(self, x: Tensor) -> Tensor:
         pooled, past = self._pooled_and_past(x)
         window = torch.cat([*reversed(past[: self.fc1.in_features - 1]), pooled], dim=2).squeeze(3)
-        kernel = self.fc2(self.act(self.fc1(window))).softmax(dim=-1)  # (N*T, C, 3)
+        kernel = self._kernel(window)  # (N*T, C, 3)
         excited = x * self._causal_gate(pooled, past).to(x.dtype)
         return causal_conv(excited, self.past(excited, 2, "excited"), kernel.unsqueeze(2))
+
+    def _kernel(self, pooled: Tensor) -> Tensor:
+        """The long-term branch's kernel q, ``(..., C, 3)``, of T spatial means, ``(..., C, T)``."""
+        return self.fc2(self.act(self.fc1(pooled))).softmax(dim=-1)
 
     def gate(self, x: Tensor) -> Tensor:
         """The short-term branch's mask M, ``(N*T, C, 1, 1)``."""
@@ -109,12 +114,12 @@ class TEModule(TemporalModule):
         return causal_conv(squeezed, self.past(squeezed, 2, "squeezed"), self.expand.weight).sigmoid()
 
     def _gate(self, pooled: Tensor) -> Tensor:
-        gate = self.expand(self.reduce(pooled)).sigmoid()
-        return gate.transpose(1, 2).flatten(0, 1)[..., None, None]
+        squeezed = temporal_conv(pooled, self.reduce.weight, self.n_segment)
+        return temporal_conv(squeezed, self.expand.weight, self.n_segment).sigmoid()[..., None, None]
 
     def _pooled(self, x: Tensor) -> Tensor:
-        """The spatial mean s, ``(N, C, T)``."""
-        return to_clips(F.adaptive_avg_pool2d(x, 1).flatten(1), self.n_segment).transpose(1, 2)
+        """The spatial mean s, ``(N*T, C)``."""
+        return F.adaptive_avg_pool2d(x, 1).flatten(1)
 
     def check_n_segment(self, n_segment: int) -> None:
         if n_segment != self.fc1.in_features and not self.causal:
