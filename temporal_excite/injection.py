@@ -537,7 +537,14 @@ def _hooks(layer: nn.Module) -> list[Callable[..., Any]]:
 def _to_like(module: nn.Module, like: nn.Module) -> nn.Module:
     """``module`` on the device and in the dtype of ``like``'s parameters, where it has any."""
     parameter = next(like.parameters(), None)
-    return module if parameter is None else module.to(parameter.device, parameter.dtype)
+    if parameter is None:
+        return module
+    there = {parameter.device}, {parameter.dtype}
+    held = [*module.parameters(), *module.buffers()]
+    # PyTorch cannot move a module under FakeTensorMode, not even to where it is
+    if ({t.device for t in held}, {t.dtype for t in held if t.is_floating_point()}) == there:
+        return module
+    return module.to(parameter.device, parameter.dtype)
 
 
 def _held(model: nn.Module) -> Iterator[tuple[str, nn.Module, _Hook | _Replaced]]:

@@ -452,7 +452,8 @@ def _sums_of_products(grad: Tensor, y: Tensor, gates: Sequence[Tensor]) -> list[
 def has_excite(x: Tensor, squeeze: nn.Module) -> bool:
     """Whether :func:`excite` takes ``x``: for a gradient, in the precision of the parameters."""
     return (
-        type(squeeze) is nn.Conv2d
+        _is_real(x)
+        and type(squeeze) is nn.Conv2d
         and squeeze.bias is None
         and x.dtype == squeeze.weight.dtype
         and x.dtype in (torch.float32, torch.float64)  # in fewer bits a quotient would show
