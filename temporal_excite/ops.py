@@ -77,9 +77,9 @@ def previous(frames: Tensor, n_segment: int, steps: int = 1) -> Tensor:
     return _zeroed(_moved(frames, n_segment, steps), n_segment, range(min(steps, n_segment)))
 
 
-def following(frames: Tensor, n_segment: int) -> Tensor:
-    """Frames moved so that frame t of a clip holds frame t+1; the last frame is zero."""
-    return _zeroed(_moved(frames, n_segment, -1), n_segment, [n_segment - 1])
+def following(frames: Tensor, n_segment: int, steps: int = 1) -> Tensor:
+    """Frames moved so that frame t of a clip holds frame t + ``steps``; the last ones are zero."""
+    return _zeroed(_moved(frames, n_segment, -steps), n_segment, range(max(0, n_segment - steps), n_segment))
 
 
 def step_ahead(later: Tensor, now: Tensor, n_segment: int) -> Tensor:

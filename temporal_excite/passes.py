@@ -199,7 +199,10 @@ def _runs_again(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
 def temporal_conv(x: Tensor, weight: Tensor, n_segment: int, causal: bool = False) -> Tensor:
     """:func:`~temporal_excite.ops.temporal_conv`:
-    ``y[t] = w[:, 0] x[t-1] + w[:, 1] x[t] + w[:, 2] x[t+1]``; causal the same of frames t-2, t-1, t."""
+    ``y[t] = w[:, 0] x[t-1] + w[:, 1] x[t] + w[:, 2] x[t+1]``; causal the same of frames t-2, t-1, t.
+
+    ``weight`` is ``(C, 1, 3)``, or ``(N*T, C, 1, 3)`` where each frame has its own taps: not in a graph.
+    """
     if in_graph():
         if causal:
             return ops.causal_conv(x, [previous(x, n_segment, k) for k in (1, 2)], weight)
@@ -231,30 +234,33 @@ def _temporal_conv(
         pixels = _pixels_of_line(height * width, channels)
         shape = frames, height * width // pixels, pixels * channels
         source, target = (t.permute(0, 2, 3, 1).view(shape) for t in (x, y))
-        taps = weight.permute(2, 1, 0).expand(-1, pixels, -1).clone(memory_format=torch.contiguous_format)
-        taps = taps.view(3, 1, -1)
+        taps = _taps_of_frames(weight, channels).unsqueeze(2).expand(-1, -1, pixels, -1)
+        taps = taps.clone(memory_format=torch.contiguous_format).flatten(2).unsqueeze(2)
     else:
         if _in_rows(x):
             return _sums_of_rows(x, weight, n_segment, offset, empty_like)
         y = empty_like(x, memory_format=torch.contiguous_format)
         source, target = x.flatten(2), y.flatten(2)
-        taps = weight[:, 0].T.unsqueeze(2)
-    source, target = to_clips(source, n_segment), to_clips(target, n_segment)
-    taps = taps.expand(-1, source.shape[2], -1)
-    terms = [(target, source, taps[1 - offset])]
+        taps = _taps_of_frames(weight, x.shape[1]).unsqueeze(3)
+    taps = taps.expand(-1, len(x), source.shape[1], -1)
+    source, target, *by_tap = (to_clips(t, n_segment) for t in (source, target, *taps))
+    terms = [(target, source, by_tap[1 - offset])]
     for k, d in _steps(offset):
         low, high = max(0, -d), n_segment - max(0, d)
         if d and low < high:
-            terms.append((target[:, low:high], source[:, low + d : high + d], taps[k]))
+            terms.append((target[:, low:high], source[:, low + d : high + d], by_tap[k][:, low:high]))
     step = _per_block(source, 2)
-    blocks = (
-        zip(new.split(step, 2), old.split(step, 2), tap.split(step), strict=True) for new, old, tap in terms
-    )
+    blocks = (zip(*(t.split(step, 2) for t in term), strict=True) for term in terms)
     for (new, old, tap), *others in zip(*blocks, strict=True):
         torch.mul(old, tap, out=new)
         for new, old, tap in others:
             new.addcmul_(old, tap)
     return y
+
+
+def _taps_of_frames(weight: Tensor, channels: int) -> Tensor:
+    """``(3, 1, C)``, or ``(3, N*T, C)`` where each frame has its own."""
+    return weight.reshape(-1, channels, 3).permute(2, 0, 1)
 
 
 @lru_cache(maxsize=64)
@@ -280,16 +286,6 @@ def _in_rows(x: Tensor) -> bool:
         and strides == [height * width, width, 1]
         and pitch % (height * width) == 0
     )
-
-
-def has_framewise_conv(x: Tensor, *others: Tensor) -> bool:
-    """Whether :func:`framewise_conv` takes ``x``, with weights made of the others."""
-    return not (in_graph() or needs_grad(x, *others) or _is_channels_last(x)) and _in_rows(x)
-
-
-def framewise_conv(x: Tensor, weight: Tensor, n_segment: int) -> Tensor:
-    """``y[t] = w[t, :, 0] x[t-1] + w[t, :, 1] x[t] + w[t, :, 2] x[t+1]`` in one pass; w: ``(N*T, C, 3)``."""
-    return _sums_of_rows(x, weight, n_segment, 0, memory.empty_like)
 
 
 def _sums_of_rows(
@@ -347,16 +343,28 @@ class _TemporalConv(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         n_segment, offset = ctx.options
         grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:  # the adjoint convolution: taps in reverse order
-            options = weight.flip(-1), n_segment, -offset
+        if ctx.needs_input_grad[0]:  # the adjoint convolution
+            options = _adjoint(weight, n_segment, offset), n_segment, -offset
             if torch.is_grad_enabled():  # a graph of the gradient is wanted
                 grad_x = _TemporalConv.apply(grad, *options)
             else:
                 grad_x = _temporal_conv(grad, *options, memory.empty_like)
         if ctx.needs_input_grad[1]:
             sums = _sums_of_pixels if _is_channels_last(x) else _sums_of_maps
-            grad_weight = sums(grad, x, n_segment, offset).unsqueeze(1).to(weight.dtype)
+            grad_weight = sums(grad, x, n_segment, offset, framewise=weight.ndim == 4)
+            grad_weight = grad_weight.unsqueeze(-2).to(weight.dtype)
         return grad_x, grad_weight, None, None
+
+
+def _adjoint(weight: Tensor, n_segment: int, offset: int) -> Tensor:
+    """Taps in reverse order; where each frame has its own, those by which it went to others."""
+    if weight.ndim == 3:
+        return weight.flip(-1)
+    taps = list(weight.unbind(-1))
+    for k, d in _steps(offset):
+        if d:
+            taps[k] = following(taps[k], n_segment, -d) if d < 0 else previous(taps[k], n_segment, d)
+    return torch.stack(taps[::-1], -1)
 
 
 def _steps(offset: int) -> Iterator[tuple[int, int]]:
@@ -570,12 +578,19 @@ class _PartShift(torch.autograd.Function):
         return _PartShift.apply(grad, *ctx.options), None, None, None, None
 
 
-def _sums_of_maps(grad: Tensor, x: Tensor, n_segment: int, offset: int) -> Tensor:
-    """What a depthwise temporal convolution's weight gets, ``(C, 3)``, in float32 at least:
-    ``out[c, k] = sum_tp grad[t, c, p] x[t + d_k, c, p]``. All frames with all frames in one product."""
+def _sums_of_maps(grad: Tensor, x: Tensor, n_segment: int, offset: int, framewise: bool) -> Tensor:
+    """What a depthwise temporal convolution's weight gets, in float32 at least:
+    ``out[t, c, k] = sum_p grad[t, c, p] x[t + d_k, c, p]``, or that summed over t.
+
+    All frames with all frames in one product.
+    """
     wide = torch.promote_types(x.dtype, torch.float32)
     clips = zip(*(to_clips(t.flatten(2), n_segment) for t in (grad, x)), strict=True)
     products = [torch.bmm(a.to(wide).transpose(0, 1), b.to(wide).permute(1, 2, 0)) for a, b in clips]
+    if framewise:
+        total = torch.stack(products).flatten(2)
+        taps = total @ ops.constant(_own_diagonals, n_segment, offset, total, wide)
+        return taps.unflatten(2, (n_segment, 3)).transpose(1, 2).flatten(0, 1)
     total = sum(products[1:], products[0])
     return total.flatten(1) @ ops.constant(_diagonals, n_segment, offset, total, wide)
 
@@ -586,16 +601,29 @@ def _diagonals(n_segment: int, offset: int) -> list[list[float]]:
     return [[float(b - a == d) for _, d in _steps(offset)] for a in frames for b in frames]
 
 
-def _sums_of_pixels(grad: Tensor, x: Tensor, n_segment: int, offset: int) -> Tensor:
+def _own_diagonals(n_segment: int, offset: int) -> list[list[float]]:
+    """Which of these products each tap of each frame is: ``(T * T, T * 3)``."""
+    frames = range(n_segment)
+    return [
+        [float(a == t and b - a == d) for t in frames for _, d in _steps(offset)]
+        for a in frames
+        for b in frames
+    ]
+
+
+def _sums_of_pixels(grad: Tensor, x: Tensor, n_segment: int, offset: int, framewise: bool) -> Tensor:
     """The same in channels_last, where a product would copy the matrix of each channel."""
     wide = torch.promote_types(x.dtype, torch.float32)
     a, b = (to_clips(t.permute(0, 2, 3, 1).flatten(1, 2), n_segment) for t in (grad, x))
     step = _per_block(a, 2)
     taps = []
     for _, d in _steps(offset):
-        first, last = max(0, -d), min(n_segment, n_segment - d)
+        first, last = min(n_segment, max(0, -d)), max(0, n_segment - max(0, d))
         blocks = zip(a[:, first:last].split(step, 2), b[:, first + d : last + d].split(step, 2), strict=True)
-        taps.append(torch.stack([(g.to(wide) * f).sum((0, 1, 2)) for g, f in blocks]).sum(0))
+        sums = torch.stack([(g.to(wide) * f).sum(2) for g, f in blocks]).sum(0)
+        if framewise:
+            sums = F.pad(sums, (0, 0, first, n_segment - last)).flatten(0, 1)
+        taps.append(sums if framewise else sums.sum((0, 1)))
     return torch.stack(taps, -1)
 
 

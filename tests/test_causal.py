@@ -114,9 +114,10 @@ def test_gradcheck(name):
     assert torch.autograd.gradcheck(module, (x,))
 
 
-def test_second_derivatives():
+@pytest.mark.parametrize("name", ["shift", "te"])
+def test_second_derivatives(name):
     torch.manual_seed(0)
-    module = build("shift", 3, 4)
+    module = build(name, 3, 4)
     x = torch.randn(8, 3, 2, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(module, (x,))
 

@@ -53,37 +53,48 @@ def test_equals_reference(name, shape, seed):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * (1 + float(b.abs().max())))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     shape=shapes,
     layout=st.sampled_from(["contiguous", "sliced", "channels_last"]),
     large=st.booleans(),
+    causal=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_te_in_one_pass_equals_reference(shape, layout, large, seed):
-    """Without gradients float32 takes ways of its own, large results another than small ones."""
+def test_te_in_one_pass_equals_reference(shape, layout, large, causal, seed):
+    """float32 takes ways of its own, large results another than small ones."""
     n, t, c, h, w = shape
     torch.manual_seed(seed)
-    module = randomise(te.TEModule(c, t))
+    module = randomise(te.TEModule(c, t, causal=causal))
+    twin = copy.deepcopy(module).double()
     x = in_layout((n * t, c, h, w), layout, torch.float32)
-    with torch.no_grad(), patch.object(passes, "_FRESH", 0 if large else passes._FRESH):
-        y = module(x)
-    want = plain.temporal_extraction(x.double(), module.double())
-    torch.testing.assert_close(y.double(), want.detach(), rtol=1e-5, atol=1e-5)
-    assert not y._is_view()
+    x64 = x.double().requires_grad_()
+    want = (plain.causal_extraction if causal else plain.temporal_extraction)(x64, twin)
+    grads = gradients(want, [x64, *twin.parameters()])
+    with patch.object(passes, "_FRESH", 0 if large else passes._FRESH):
+        with torch.no_grad():
+            y = module(x)
+        torch.testing.assert_close(y.double(), want.detach(), rtol=1e-5, atol=1e-5)
+        assert not y._is_view()
+        y = module(x.requires_grad_())
+        torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
+        for a, b in zip(gradients(y.double(), [x, *module.parameters()]), grads, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4 * (1 + float(b.abs().max())))
 
 
-@pytest.mark.parametrize("fast", [True, False])
-def test_te_in_one_pass_where_it_may(fast):
-    """One pass, unless published steps or gradients are asked for."""
-    module = te.set_fast(te.TEModule(8, T), fast)
-    x = torch.rand(T, 8, 6, 6)
-    with patch.object(passes, "framewise_conv", wraps=passes.framewise_conv) as conv:
-        module(x)
-        assert not conv.called
-        with torch.inference_mode():
+@pytest.mark.parametrize("causal", [False, True])
+def test_te_keeps_its_input_alone(causal):
+    """Beside it only what has no height and width; with the published steps full-size products too."""
+
+    def kept(fast: bool) -> int:
+        module = te.set_fast(te.TEModule(8, T, causal=causal), fast)
+        x, sizes = torch.rand(T, 8, 30, 30, requires_grad=True), {}
+        count = lambda t: sizes.setdefault(t.data_ptr(), t.numel())  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (count(t), t)[1], lambda t: t):
             module(x)
-        assert conv.called == (fast and passes.has_framewise_conv(x))
+        return sum(size >= x.numel() for size in sizes.values())
+
+    assert kept(fast=True) == 1 < kept(fast=False)
 
 
 @pytest.mark.parametrize("name", BUILD)
@@ -92,6 +103,8 @@ def test_gradcheck(name):
     module = randomise(BUILD[name](3, 2).double())
     x = torch.randn(4, module.channels, 3, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(module, (x,))
+    if name == "te":
+        assert torch.autograd.gradgradcheck(module, (x,))
 
 
 def test_te_kernel_and_gate():

@@ -8,14 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import passes
+from .. import passes, past
 from ..ops import (
     at_each_frame,
     causal_conv,
     following,
     framewise_temporal_conv,
+    in_graph,
     positive_int,
     previous,
+    spatial_mean,
     sum_taps,
     temporal_conv,
 )
@@ -76,22 +78,20 @@ class TEModule(TemporalModule):
         pooled = self._pooled(x)
         kernel = at_each_frame(self._kernel, pooled, self.n_segment)  # (N*T, C, 3)
         gate = self._gate(pooled).to(x.dtype)
-        if self.fast and passes.has_framewise_conv(x, gate, kernel):
-            return passes.framewise_conv(x, self._taps(gate, kernel), self.n_segment)
+        if self.fast and not in_graph():
+            masks = [previous(gate, self.n_segment), gate, following(gate, self.n_segment)]
+            return passes.temporal_conv(x, _taps(masks, kernel), self.n_segment)
         return framewise_temporal_conv(x * gate, kernel, self.n_segment)
 
-    def _taps(self, gate: Tensor, kernel: Tensor) -> Tensor:
-        """Kernel and mask as one: what each frame takes of the one before, itself and the one after,
-        ``(N*T, C, 3)``."""
-        frames = gate.flatten(1)
-        masks = [previous(frames, self.n_segment), frames, following(frames, self.n_segment)]
-        return torch.stack(masks, 2) * kernel
-
     def _causal(self, x: Tensor) -> Tensor:
-        pooled, past = self._pooled_and_past(x)
-        window = torch.cat([*reversed(past[: self.fc1.in_features - 1]), pooled], dim=2).squeeze(3)
+        pooled, earlier = self._pooled_and_past(x)
+        window = torch.cat([*reversed(earlier[: self.fc1.in_features - 1]), pooled], dim=2).squeeze(3)
         kernel = self._kernel(window)  # (N*T, C, 3)
-        excited = x * self._causal_gate(pooled, past).to(x.dtype)
+        gate = self._causal_gate(pooled, earlier).to(x.dtype)
+        if self.fast and not in_graph() and not past.current():
+            masks = [previous(gate, self.n_segment, 2), previous(gate, self.n_segment), gate]
+            return passes.temporal_conv(x, _taps(masks, kernel), self.n_segment, causal=True)
+        excited = x * gate
         return causal_conv(excited, self.past(excited, 2, "excited"), kernel.unsqueeze(2))
 
     def _kernel(self, pooled: Tensor) -> Tensor:
@@ -109,8 +109,8 @@ class TEModule(TemporalModule):
         pooled = F.adaptive_avg_pool2d(x, 1)
         return pooled, self.past(pooled, max(2, self.fc1.in_features - 1), "pooled")
 
-    def _causal_gate(self, pooled: Tensor, past: list[Tensor]) -> Tensor:
-        squeezed = causal_conv(pooled, past[:2], self.reduce.weight)
+    def _causal_gate(self, pooled: Tensor, earlier: list[Tensor]) -> Tensor:
+        squeezed = causal_conv(pooled, earlier[:2], self.reduce.weight)
         return causal_conv(squeezed, self.past(squeezed, 2, "squeezed"), self.expand.weight).sigmoid()
 
     def _gate(self, pooled: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class TEModule(TemporalModule):
 
     def _pooled(self, x: Tensor) -> Tensor:
         """The spatial mean s, ``(N*T, C)``."""
-        return F.adaptive_avg_pool2d(x, 1).flatten(1)
+        return spatial_mean(x).to(x.dtype)
 
     def check_n_segment(self, n_segment: int) -> None:
         if n_segment != self.fc1.in_features and not self.causal:
@@ -128,6 +128,11 @@ class TEModule(TemporalModule):
                 f"{self.fc1.in_features}-vector of frames they were built for. Build it anew: eject(model), "
                 f"then inject(model, ..., n_segment={n_segment})"
             )
+
+
+def _taps(masks: list[Tensor], kernel: Tensor) -> Tensor:
+    """Kernel and mask as one, ``(N*T, C, 1, 3)``: what a frame takes of those the three masks are of."""
+    return torch.stack(masks, -1).flatten(2, 3) * kernel.unsqueeze(2)
 
 
 class _Conv3x3x3(nn.Module):
