@@ -408,6 +408,7 @@ def gate(y: Tensor, *gates: Tensor, reuse: bool = False) -> Tensor:
     if needs_grad(y, *gates):
         with sparing(y):
             result: Tensor = _Gate.apply(y, *gates)
+        result.grad_fn.again = lambda y: gate(y, *gates)  # type: ignore[union-attr]
         return result
     in_order = _is_channels_last(y) or y.is_contiguous()
     return _gate(y, gates, y if reuse and in_order else memory.empty_like(y, memory_format=_layout(y)))

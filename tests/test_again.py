@@ -20,8 +20,11 @@ from temporal_excite import passes
 from temporal_excite.hosts import blocks
 from temporal_excite.modules import TemporalModule
 
-MODULES = ("tsm", "shift", "ste", "ce", "me", "action", "te")
-NETWORKS = [("resnet50", "tsm"), ("resnet50", "shift"), ("resnet50", "action"), ("res2net50_26w_4s", "tea")]
+MODULES = ("tsm", "shift", "ste", "ce", "me", "action", "te", "tea_me")
+NETWORKS = [
+    *(("resnet50", module) for module in ("tsm", "shift", "action", "te", "tea_me")),
+    ("res2net50_26w_4s", "tea"),
+]
 
 
 class Block(nn.Module):
@@ -88,7 +91,7 @@ def test_gradients_are_those_of_the_published_form(
 
 @pytest.mark.parametrize(("backbone", "module"), NETWORKS)
 def test_training_keeps_what_the_plain_network_keeps(backbone, module):
-    x = torch.randn(8, 3, 64, 64)
+    x = torch.randn(8, 3, 128, 128)
     plain = saved_bytes(timm.create_model(backbone).train(), x)
     model = te.inject(timm.create_model(backbone), module).train()
     assert saved_bytes(model, x) <= 1.05 * plain

@@ -5,7 +5,6 @@ Access 10, 2022. No code was released; what the text leaves open is said at each
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import passes, past
@@ -85,7 +84,7 @@ class TEModule(TemporalModule):
 
     def _causal(self, x: Tensor) -> Tensor:
         pooled, earlier = self._pooled_and_past(x)
-        window = torch.cat([*reversed(earlier[: self.fc1.in_features - 1]), pooled], dim=2).squeeze(3)
+        window = torch.stack([*reversed(earlier[: self.fc1.in_features - 1]), pooled], dim=2)
         kernel = self._kernel(window)  # (N*T, C, 3)
         gate = self._causal_gate(pooled, earlier).to(x.dtype)
         if self.fast and not in_graph() and not past.current():
@@ -105,13 +104,14 @@ class TEModule(TemporalModule):
         return self._gate(self._pooled(x))
 
     def _pooled_and_past(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The spatial mean s, ``(N*T, C, 1, 1)``, and those before: as many as the two branches need."""
-        pooled = F.adaptive_avg_pool2d(x, 1)
+        """The spatial mean s and those before: as many as the two branches need."""
+        pooled = self._pooled(x)
         return pooled, self.past(pooled, max(2, self.fc1.in_features - 1), "pooled")
 
     def _causal_gate(self, pooled: Tensor, earlier: list[Tensor]) -> Tensor:
         squeezed = causal_conv(pooled, earlier[:2], self.reduce.weight)
-        return causal_conv(squeezed, self.past(squeezed, 2, "squeezed"), self.expand.weight).sigmoid()
+        expanded = causal_conv(squeezed, self.past(squeezed, 2, "squeezed"), self.expand.weight)
+        return expanded.sigmoid()[..., None, None]
 
     def _gate(self, pooled: Tensor) -> Tensor:
         squeezed = temporal_conv(pooled, self.reduce.weight, self.n_segment)
