@@ -246,7 +246,7 @@ def _temporal_conv(
     source, target, *by_tap = (to_clips(t, n_segment) for t in (source, target, *taps))
     terms = [(target, source, by_tap[1 - offset])]
     for k, d in _steps(offset):
-        low, high = max(0, -d), n_segment - max(0, d)
+        low, high = _meeting(n_segment, d)
         if d and low < high:
             terms.append((target[:, low:high], source[:, low + d : high + d], by_tap[k][:, low:high]))
     step = _per_block(source, 2)
@@ -370,6 +370,11 @@ def _adjoint(weight: Tensor, n_segment: int, offset: int) -> Tensor:
 def _steps(offset: int) -> Iterator[tuple[int, int]]:
     """(tap, how many frames ahead of the present it looks)."""
     return ((k, k - 1 + offset) for k in range(3))
+
+
+def _meeting(n_segment: int, ahead: int) -> tuple[int, int]:
+    """From which frame of a clip on, and up to which, a tap so far ahead meets one."""
+    return min(n_segment, max(0, -ahead)), max(0, n_segment - max(0, ahead))
 
 
 def nine_means(x: Tensor) -> Tensor:
@@ -589,9 +594,11 @@ def _sums_of_maps(grad: Tensor, x: Tensor, n_segment: int, offset: int, framewis
     clips = zip(*(to_clips(t.flatten(2), n_segment) for t in (grad, x)), strict=True)
     products = [torch.bmm(a.to(wide).transpose(0, 1), b.to(wide).permute(1, 2, 0)) for a, b in clips]
     if framewise:
-        total = torch.stack(products).flatten(2)
-        taps = total @ ops.constant(_own_diagonals, n_segment, offset, total, wide)
-        return taps.unflatten(2, (n_segment, 3)).transpose(1, 2).flatten(0, 1)
+        each, taps = torch.stack(products), []
+        for _, d in _steps(offset):
+            first, last = _meeting(n_segment, d)
+            taps.append(F.pad(each.diagonal(d, 2, 3), (first, n_segment - last)))
+        return torch.stack(taps, -1).transpose(1, 2).flatten(0, 1)
     total = sum(products[1:], products[0])
     return total.flatten(1) @ ops.constant(_diagonals, n_segment, offset, total, wide)
 
@@ -602,16 +609,6 @@ def _diagonals(n_segment: int, offset: int) -> list[list[float]]:
     return [[float(b - a == d) for _, d in _steps(offset)] for a in frames for b in frames]
 
 
-def _own_diagonals(n_segment: int, offset: int) -> list[list[float]]:
-    """Which of these products each tap of each frame is: ``(T * T, T * 3)``."""
-    frames = range(n_segment)
-    return [
-        [float(a == t and b - a == d) for t in frames for _, d in _steps(offset)]
-        for a in frames
-        for b in frames
-    ]
-
-
 def _sums_of_pixels(grad: Tensor, x: Tensor, n_segment: int, offset: int, framewise: bool) -> Tensor:
     """The same in channels_last, where a product would copy the matrix of each channel."""
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -619,7 +616,7 @@ def _sums_of_pixels(grad: Tensor, x: Tensor, n_segment: int, offset: int, framew
     step = _per_block(a, 2)
     taps = []
     for _, d in _steps(offset):
-        first, last = min(n_segment, max(0, -d)), max(0, n_segment - max(0, d))
+        first, last = _meeting(n_segment, d)
         blocks = zip(a[:, first:last].split(step, 2), b[:, first + d : last + d].split(step, 2), strict=True)
         sums = torch.stack([(g.to(wide) * f).sum(2) for g, f in blocks]).sum(0)
         if framewise:
