@@ -88,7 +88,7 @@ class TEModule(TemporalModule):
         kernel = self._kernel(window)  # (N*T, C, 3)
         gate = self._causal_gate(pooled, earlier).to(x.dtype)
         if self.fast and not in_graph() and not past.current():
-            masks = [previous(gate, self.n_segment, 2), previous(gate, self.n_segment), gate]
+            masks = [*reversed(self.past(gate, 2)), gate]
             return passes.temporal_conv(x, _taps(masks, kernel), self.n_segment, causal=True)
         excited = x * gate
         return causal_conv(excited, self.past(excited, 2, "excited"), kernel.unsqueeze(2))
