@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 _countable = False
 
@@ -26,9 +27,15 @@ def countable() -> Iterator[None]:
         _countable = before
 
 
-def in_graph() -> bool:
-    """Whether the calls are being recorded into a graph."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+def traced() -> bool:
+    """Whether plain operations are wanted: they are being recorded into a graph, or transformed one by one
+    (``torch.func``, forward-mode differentiation)."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or _transformed()
+
+
+def _transformed() -> bool:
+    # what torch.autograd.Function asks; there is no public name for either
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def in_compiler() -> bool:
@@ -84,7 +91,7 @@ def following(frames: Tensor, n_segment: int, steps: int = 1) -> Tensor:
 
 def step_ahead(later: Tensor, now: Tensor, n_segment: int) -> Tensor:
     """``later[t+1] - now[t]`` at frame t, zero at a clip's last frame."""
-    if in_graph():
+    if traced():
         return _zeroed(_moved(later, n_segment, -1) - now, n_segment, [n_segment - 1])
     difference = torch.empty_like(now)
     difference[:-1] = later[1:] - now[:-1]
@@ -99,18 +106,18 @@ def first_zeroed(frames: Tensor, n_segment: int) -> Tensor:
 def _moved(frames: Tensor, n_segment: int, steps: int) -> Tensor:
     """Frame i at i + ``steps``; what arrives from beyond the ends is arbitrary."""
     upper, lower = (slice(k, None) if k > 0 else slice(k) for k in (steps, -steps))
-    if in_graph() and not in_compiler() and abs(steps) > n_segment - 2:
+    if traced() and not in_compiler() and abs(steps) > n_segment - 2:
         # of one clip a single frame moves, or none: copying would ask an exporter whether there are more
         return F.pad(frames, [0, 0] * (frames.ndim - 1) + [max(0, steps), max(0, -steps)])[lower]
     # a compiler fuses this, other than a concatenation; it allocates, and reads, what is empty
-    moved = torch.zeros_like(frames) if in_graph() else torch.empty_like(frames)
+    moved = torch.zeros_like(frames) if traced() else torch.empty_like(frames)
     moved[upper] = frames[lower]
     return moved
 
 
 def _zeroed(frames: Tensor, n_segment: int, positions: Sequence[int]) -> Tensor:
     """``frames``, zero at some positions of each clip; in place."""
-    if not in_graph():
+    if not traced():
         for at in positions:
             frames[at::n_segment] = 0
         return frames
@@ -135,14 +142,11 @@ def temporal_conv(x: Tensor, weight: Tensor, n_segment: int) -> Tensor:
     ``y[t] = W[..., 0] x[t-1] + W[..., 1] x[t] + W[..., 2] x[t+1]`` at each position.
 
     Args:
-        x: ``(N*T, C, H, W)``, or ``(N*T, C)`` for a full one.
+        x: ``(N*T, C, H, W)``.
         weight: ``(C, 1, 3)`` for a depthwise one, ``(C_out, C, 3)`` for a full one.
         n_segment: T.
     """
     weight = weight.to(x.dtype)
-    if x.ndim == 2:
-        taps = torch.stack([previous(x, n_segment), x, following(x, n_segment)], dim=2)
-        return F.linear(taps.flatten(1), weight.flatten(1))
     if weight.shape[1] > 1:
         # three 1x1 convolutions in one; moving their outputs in time spares copies of the input
         taps = F.conv2d(x, weight.permute(2, 0, 1).flatten(0, 1)[..., None, None])
@@ -157,68 +161,49 @@ def temporal_conv(x: Tensor, weight: Tensor, n_segment: int) -> Tensor:
 
 
 def _taps(weight: Tensor, x: Tensor) -> Tensor:
-    """``(C, 1, 3)`` as ``(3, C, 1, 1)``, to be multiplied with ``x``."""
-    taps = weight.view(-1, 3).T
-    if in_graph() and x.device.type == "cpu" and not (in_compiler() and len(x) == 1 and x.numel() <= 1 << 17):
-        # A product is contiguous; a view the compiler would gather, element by element, in its inner loop,
-        # which costs less only where the loop is short
+    """``(C, 1, 3)`` or ``(N*T, C, 1, 3)`` as ``(3, 1 or N*T, C, 1, 1)``, to be multiplied with ``x``."""
+    taps = weight.reshape(-1, 3).T
+    if traced() and x.device.type == "cpu" and not (in_compiler() and len(x) == 1 and x.numel() <= 1 << 17):
+        # A product is contiguous, and computed once; a view the compiler would gather, and what the taps are
+        # made of compute, element by element in its inner loop, which costs less only where the loop is short
         with full_precision(weight):
             taps = torch.eye(3, dtype=weight.dtype) @ taps
-    return taps[..., None, None]
+    return taps.unflatten(1, (-1, x.shape[1]))[..., None, None]
 
 
-def causal_conv(now: Tensor, past: Sequence[Tensor], weight: Tensor) -> Tensor:
-    """Causal temporal convolution, ``y[t] = W[..., 0] x[t-2] + W[..., 1] x[t-1] + W[..., 2] x[t]``.
+def apply_taps(frames: list[Tensor], weight: Tensor) -> Tensor:
+    """``y = W[..., 0] frames[0] + W[..., 1] frames[1] + W[..., 2] frames[2]``: a temporal convolution, of the
+    frames that its taps meet.
 
     Args:
-        now: x, ``(N*T, C, H, W)``, or ``(N*T, C)`` for a full one.
-        past: x[t-1] and x[t-2], of the same shape.
+        frames: the three, each ``(N*T, C, H, W)``, or ``(N*T, C)`` for a full convolution.
         weight: as for :func:`temporal_conv`; or ``(N*T, C, 1, 3)``, depthwise and its own for each frame.
     """
-    one, two = past
-    weight = weight.to(now.dtype)
-    if now.ndim == 2:
-        return linear(torch.stack([two, one, now], 2).flatten(1), weight.flatten(1))
-    if weight.ndim == 3 and weight.shape[1] == now.shape[1]:
-        return F.conv2d(torch.cat([two, one, now], 1), weight.transpose(1, 2).flatten(1)[..., None, None])
+    first, second, third = frames
+    weight = weight.to(third.dtype)
+    if third.ndim == 2:
+        return linear(torch.stack(frames, 2).flatten(1), weight.flatten(1))
+    if weight.ndim == 3 and weight.shape[1] == third.shape[1]:
+        return F.conv2d(torch.cat(frames, 1), weight.transpose(1, 2).flatten(1)[..., None, None])
     if _countable:
-        groups = torch.stack([two, one, now], 2).flatten(0, 2)  # (N*T * C * 3, H, W)
-        kernel = weight.expand(len(now), -1, -1, 3) if weight.ndim == 4 else weight.repeat(len(now), 1, 1)
+        groups = torch.stack(frames, 2).flatten(0, 2)  # (N*T * C * 3, H, W)
+        kernel = weight.expand(len(third), -1, -1, 3) if weight.ndim == 4 else weight.repeat(len(third), 1, 1)
         kernel = kernel.reshape(-1, 3, 1, 1)
-        return F.conv2d(groups[None], kernel, groups=len(kernel)).view(now.shape)
-    if weight.ndim == 4:
-        first, second, third = weight.reshape(*now.shape[:2], 3, 1, 1).unbind(2)
-    else:
-        first, second, third = _taps(weight, now)
-    return (now * third).addcmul_(two, first).addcmul_(one, second)
+        return F.conv2d(groups[None], kernel, groups=len(kernel)).view(third.shape)
+    one, two, three = _taps(weight, third)
+    if traced():  # transformations know no addcmul_
+        return first * one + second * two + third * three
+    return (third * three).addcmul_(first, one).addcmul_(second, two)
 
 
 def at_each_frame(function: Callable[[Tensor], Tensor], frames: Tensor, n_segment: int) -> Tensor:
     """``(N*T, C)`` to ``(N*T, ...)``: what ``function``, ``(N, C, T)`` to ``(N, ...)``, makes of the clip."""
-    if in_graph() and not _countable:  # a view by clips would ask an exporter whether there is but one
+    if traced() and not _countable:  # a view by clips would ask an exporter whether there is but one
         frame = torch.arange(frames.shape[0], device=frames.device)
         first = frame - frame % n_segment
         clips = frames[first[:, None] + torch.arange(n_segment, device=frames.device)]
         return function(clips.transpose(1, 2))
     return function(to_clips(frames, n_segment).transpose(1, 2)).repeat_interleave(n_segment, 0)
-
-
-def framewise_temporal_conv(x: Tensor, kernel: Tensor, n_segment: int) -> Tensor:
-    """:func:`temporal_conv` with a kernel of each frame's own, the same for all frames of a clip.
-
-    Args:
-        x: ``(N*T, C, H, W)``.
-        kernel: ``(N*T, C, 3)``.
-        n_segment: T.
-    """
-    kernel = kernel.to(x.dtype)
-    if _countable:
-        clips = to_clips(x.flatten(2), n_segment).transpose(1, 2).flatten(0, 1)  # (N*C, T, H*W)
-        kernel = kernel[::n_segment].reshape(-1, 1, 3, 1)
-        y = F.conv2d(clips[None], kernel, padding=(1, 0), groups=len(clips))
-        return y.unflatten(1, (-1, x.shape[1]))[0].transpose(1, 2).reshape(x.shape)
-    before, now, after = kernel[..., None, None].unbind(2)
-    return sum_taps(x * before, x * now, x * after, n_segment)
 
 
 # The nine parts of a map: (rows, columns), 0 all of them, 1 the first, 2 the last
@@ -236,11 +221,11 @@ def nine_means(x: Tensor) -> Tensor:
         return torch.stack([spatial_mean(part) for part in nine_parts(x)])
     height, width = x.shape[2:]
     kind = torch.promote_types(x.dtype, torch.float32)
-    if not in_graph() and x.device.type == "cpu" and _has_short_product(x, kind):
+    if not traced() and x.device.type == "cpu" and _has_short_product(x, kind):
         weights = constant(mean_weights, height, width, x, kind)
         products = torch.bmm(weights.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2).to(kind))
         return products.transpose(0, 1)
-    if in_graph():  # by lines: a compiler's loop over a whole map would leave the cache
+    if traced():  # by lines: a compiler's loop over a whole map would leave the cache
         lines = x.mean(3, dtype=kind)
         means = [lines.mean(2), lines[..., 0], lines[..., -1]]
     else:
@@ -297,7 +282,7 @@ def constant(
 ) -> Tensor:
     """``rows(height, width)`` on the device of ``like``, made once; not to be changed."""
     key = rows, height, width, dtype, like.device
-    real = type(like) in (Tensor, nn.Parameter) and not in_graph()  # no stand-in of a tracer
+    real = type(like) in (Tensor, nn.Parameter) and not traced()  # no stand-in of a tracer
     if real and key in _constants:
         return _constants[key]
     with torch.inference_mode(False):
@@ -317,7 +302,7 @@ def spatial_mean(x: Tensor) -> Tensor:
 def channel_mean(x: Tensor) -> Tensor:
     """``x.mean(1, keepdim=True)``, in float32 at least."""
     large = x.is_cpu and x.dtype == torch.float32 and x.shape[2] * x.shape[3] >= 1 << 10
-    if large and x.is_contiguous() and not (in_graph() or torch.is_grad_enabled()):
+    if large and x.is_contiguous() and not (traced() or torch.is_grad_enabled()):
         # a product reads large maps faster; its gradient would be one too, where a sum's is a view
         weights = x.new_full((1, 1, x.shape[1]), 1 / x.shape[1])
         return torch.bmm(weights.expand(len(x), -1, -1), x.flatten(2)).unflatten(2, x.shape[2:])
@@ -373,7 +358,7 @@ def squeeze(conv: nn.Module, x: Tensor) -> Tensor:
     On a CPU the gradient of PyTorch's, of contiguous maps, goes through two copies of ``x``; here each frame
     is a matrix product.
     """
-    by_frame = x.device.type == "cpu" and x.is_contiguous() and not in_graph() and not _countable
+    by_frame = x.device.type == "cpu" and x.is_contiguous() and not traced() and not _countable
     if not by_frame or type(conv) is not nn.Conv2d or conv.bias is not None:
         return conv(x)
     return squeeze_by_frame(conv.weight, x)

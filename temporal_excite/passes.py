@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import memory, ops, past
 from .again import Again, Input, autocast_of_now, check_version, computing
-from .ops import following, in_graph, previous, to_clips
+from .ops import following, previous, to_clips, traced
 
 # bytes a pass works on at a time: smaller ones cost more calls than they spare traffic beyond the cache
 _BLOCK = 4 << 20
@@ -37,7 +37,7 @@ def recompute(function: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module
     ``module`` owns the parameters; its batch norms' running statistics move once.
     """
     # in a step of a stream the past is at hand only now
-    if in_graph() or not torch.is_grad_enabled() or past.current():
+    if traced() or not torch.is_grad_enabled() or past.current():
         return function(x)
     parameters = [p for p in _parameters(module) if p.requires_grad]
     if not needs_grad(x, *parameters) or _holds_other_norms(module):
@@ -70,14 +70,14 @@ class _Recompute(torch.autograd.Function):
 def _recomputed(node: Any) -> tuple[Tensor, Tensor]:
     """Input and output of a :class:`_Recompute`, with the graph between; once in a backward pass, whoever
     asks first."""
-    differentiable = torch.is_grad_enabled()  # a graph of the gradient is wanted
-    if node.recomputed is None or node.recomputed[0] != differentiable:
+    plain = _out_of_place()
+    if node.recomputed is None or node.recomputed[0] != plain:
         (x,) = node.saved_tensors
-        if not differentiable:
+        if not plain:
             x = x.detach().requires_grad_(x.requires_grad)
-        momentary = nullcontext() if differentiable else memory.recomputing()
+        momentary = nullcontext() if plain else memory.recomputing()
         with torch.enable_grad(), node.autocast, node.module, momentary:
-            node.recomputed = differentiable, x, node.function(x)
+            node.recomputed = plain, x, node.function(x)
     _, x, y = node.recomputed
     return x, y
 
@@ -138,7 +138,7 @@ def _restore(state: _State) -> None:
 def lent(x: Tensor, y: Tensor) -> Tensor:
     """``y``, made of ``x`` by a temporal module, for the layer behind: its convolution keeps for backward how
     to compute it again, and not ``y``. Where it is not known how ``y`` was made, ``y`` itself."""
-    if in_graph() or not (needs_grad(y) and _is_real(y)):
+    if traced() or not (needs_grad(y) and _is_real(y)):
         return y
     node: Any = y.grad_fn
     if hasattr(node, "recomputed"):
@@ -158,7 +158,7 @@ def _output_of(node: Any) -> Tensor:
 
 def lent_by_norm(norm: nn.Module, x: Tensor, y: Tensor) -> None:
     """What :func:`sparing` keeps of ``y = norm(x)`` is how to compute it again."""
-    if in_graph() or type(norm) is not nn.BatchNorm2d or not (needs_grad(x) and _is_real(y)):
+    if traced() or type(norm) is not nn.BatchNorm2d or not (needs_grad(x) and _is_real(y)):
         return
     if len(norm._forward_hooks) == 1 and not norm._forward_pre_hooks:  # but for the hook that asks
         y.again = Again(y, computing(_runs_again(norm), x))  # type: ignore[attr-defined]
@@ -166,7 +166,7 @@ def lent_by_norm(norm: nn.Module, x: Tensor, y: Tensor) -> None:
 
 def sparing(y: Tensor) -> AbstractContextManager:
     """While entered, ``y`` is not kept for backward if it can be computed again. For one operation."""
-    again = None if in_graph() else Again.of(y)
+    again = None if traced() else Again.of(y)
     return again.instead_of(y) if again else nullcontext()
 
 
@@ -177,7 +177,7 @@ class ReLU(nn.ReLU):
         super().__init__(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        again = None if in_graph() else Again.of(x)
+        again = None if traced() else Again.of(x)
         with sparing(x):
             y = super().forward(x)
         if again:
@@ -201,13 +201,17 @@ def temporal_conv(x: Tensor, weight: Tensor, n_segment: int, causal: bool = Fals
     """:func:`~temporal_excite.ops.temporal_conv`:
     ``y[t] = w[:, 0] x[t-1] + w[:, 1] x[t] + w[:, 2] x[t+1]``; causal the same of frames t-2, t-1, t.
 
-    ``weight`` is ``(C, 1, 3)``, or ``(N*T, C, 1, 3)`` where each frame has its own taps: not in a graph.
+    ``weight`` is ``(C, 1, 3)``, or ``(N*T, C, 1, 3)`` where each frame has its own taps.
     """
-    if in_graph():
-        if causal:
-            return ops.causal_conv(x, [previous(x, n_segment, k) for k in (1, 2)], weight)
+    if traced() and not causal and weight.ndim == 3:
         return ops.temporal_conv(x, weight, n_segment)
-    offset = -1 if causal else 0
+    return _conv_of(x, weight, n_segment, -1 if causal else 0)
+
+
+def _conv_of(x: Tensor, weight: Tensor, n_segment: int, offset: int) -> Tensor:
+    """:func:`temporal_conv`, tap k of frame ``t + k - 1 + offset``."""
+    if traced():
+        return ops.apply_taps([_ahead(x, n_segment, d) for _, d in _steps(offset)], weight)
     if not needs_grad(x, weight):
         return _temporal_conv(x, weight, n_segment, offset, memory.empty_like)
     version = weight._version
@@ -225,7 +229,6 @@ def temporal_conv(x: Tensor, weight: Tensor, n_segment: int, causal: bool = Fals
 def _temporal_conv(
     x: Tensor, weight: Tensor, n_segment: int, offset: int, empty_like: Callable[..., Tensor]
 ) -> Tensor:
-    """Tap k meets frame ``t + k - 1 + offset``."""
     weight = weight.to(x.dtype)
     if _is_channels_last(x):
         x = x.contiguous(memory_format=torch.channels_last)  # a slice becomes a copy
@@ -344,11 +347,7 @@ class _TemporalConv(torch.autograd.Function):
         n_segment, offset = ctx.options
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:  # the adjoint convolution
-            options = _adjoint(weight, n_segment, offset), n_segment, -offset
-            if torch.is_grad_enabled():  # a graph of the gradient is wanted
-                grad_x = _TemporalConv.apply(grad, *options)
-            else:
-                grad_x = _temporal_conv(grad, *options, memory.empty_like)
+            grad_x = _conv_of(grad, _adjoint(weight, n_segment, offset), n_segment, -offset)
         if ctx.needs_input_grad[1]:
             sums = _sums_of_pixels if _is_channels_last(x) else _sums_of_maps
             grad_weight = sums(grad, x, n_segment, offset, framewise=weight.ndim == 4)
@@ -360,11 +359,15 @@ def _adjoint(weight: Tensor, n_segment: int, offset: int) -> Tensor:
     """Taps in reverse order; where each frame has its own, those by which it went to others."""
     if weight.ndim == 3:
         return weight.flip(-1)
-    taps = list(weight.unbind(-1))
-    for k, d in _steps(offset):
-        if d:
-            taps[k] = following(taps[k], n_segment, -d) if d < 0 else previous(taps[k], n_segment, d)
+    taps = [_ahead(weight[..., k], n_segment, -d) for k, d in _steps(offset)]
     return torch.stack(taps[::-1], -1)
+
+
+def _ahead(frames: Tensor, n_segment: int, steps: int) -> Tensor:
+    """Frames moved so that frame t of a clip holds frame t + ``steps``."""
+    if steps > 0:
+        return following(frames, n_segment, steps)
+    return previous(frames, n_segment, -steps) if steps else frames
 
 
 def _steps(offset: int) -> Iterator[tuple[int, int]]:
@@ -379,7 +382,7 @@ def _meeting(n_segment: int, ahead: int) -> tuple[int, int]:
 
 def nine_means(x: Tensor) -> Tensor:
     """:func:`~temporal_excite.ops.nine_means`."""
-    if not in_graph() and needs_grad(x):
+    if not traced() and needs_grad(x):
         result: Tensor = _NineMeans.apply(x)
         return result
     return ops.nine_means(x)
@@ -408,7 +411,7 @@ def gate(y: Tensor, *gates: Tensor, reuse: bool = False) -> Tensor:
 
     ``reuse`` allows the result in the memory of ``y`` where no gradient is needed.
     """
-    if in_graph():
+    if traced():
         return y * sum(gates[1:], gates[0]).to(y.dtype)
     if needs_grad(y, *gates):
         with sparing(y):
@@ -449,7 +452,7 @@ class _Gate(torch.autograd.Function):
 def _sums_of_products(grad: Tensor, y: Tensor, gates: Sequence[Tensor]) -> list[Tensor]:
     """``grad * y``, summed over what each gate is broadcast over."""
     dims = [[d for d in (-3, -2, -1) if g.shape[d] == 1] for g in gates]
-    if torch.is_grad_enabled():  # a graph of the gradient is wanted
+    if _out_of_place():
         product = grad * y
         return [product.sum(d, keepdim=True) for d in dims]
     sums = [torch.empty_like(g) for g in gates]
@@ -472,7 +475,7 @@ def has_excite(x: Tensor, squeeze: nn.Module) -> bool:
         and x.dtype == squeeze.weight.dtype
         and x.dtype in (torch.float32, torch.float64)  # in fewer bits a quotient would show
         and ops.autocast_dtype(x.device.type) is None
-        and not in_graph()
+        and not traced()
         and needs_grad(x, squeeze.weight)
     )
 
@@ -511,7 +514,7 @@ class _Squeeze(torch.autograd.Function):
             sums = torch.bmm(grad, y.flatten(2).transpose(1, 2)) / gate.view(len(y), 1, -1)
             grad_weight = sums.sum(0).view_as(weight)
         terms = weight.flatten(1).T.expand(len(y), -1, -1), grad
-        if torch.is_grad_enabled():  # a graph of the gradient is wanted
+        if _out_of_place():
             return torch.baddbmm(grad_x.flatten(2), *terms).view_as(grad_x), grad_weight, None
         grad_x.flatten(2).baddbmm_(*terms)  # _Excite made it, for this alone
         return grad_x, grad_weight, None
@@ -534,34 +537,41 @@ class _Excite(torch.autograd.Function):
 
 def rectified(y: Tensor) -> Tensor:
     """``y``, nowhere negative, for a ReLU in place alone, which then has nothing to do."""
-    if in_graph() or not _is_real(y):
+    if traced() or not _is_real(y):
         return y
     given = y.as_subclass(Input)
     given.rectified = True
     return given
 
 
-def part_shift(x: Tensor, ahead: int, behind: int, n_segment: int) -> Tensor:
-    """Channels ``[0, ahead)`` from the next frame, ``behind`` more from the previous, zeros at the ends."""
-    if in_graph():
+def part_shift(x: Tensor, ahead: int, behind: int, n_segment: int, reverse: bool = False) -> Tensor:
+    """Channels ``[0, ahead)`` from the next frame, ``behind`` more from the previous, zeros at the ends;
+    ``reverse`` the other way round."""
+    if traced():
+        first, second = (previous, following) if reverse else (following, previous)
         channel = torch.arange(x.shape[1], device=x.device).view(-1, 1, 1)
-        moved = torch.where(channel < ahead + behind, previous(x, n_segment), x)
-        return torch.where(channel < ahead, following(x, n_segment), moved) if ahead else moved
+        moved = torch.where(channel < ahead + behind, second(x, n_segment), x)
+        return torch.where(channel < ahead, first(x, n_segment), moved) if ahead else moved
 
     def shifted(x: Tensor) -> Tensor:
-        y = memory.empty_like(x, memory_format=_layout(x))
-        return _part_shift(x, slice(0, ahead), slice(ahead, ahead + behind), n_segment, y)
+        return _part_shift(x, ahead, behind, n_segment, reverse, memory.empty_like)
 
     if not needs_grad(x):
         return shifted(x)
-    result: Tensor = _PartShift.apply(x, ahead, behind, n_segment, False)
+    result: Tensor = _PartShift.apply(x, ahead, behind, n_segment, reverse)
     result.grad_fn.again = shifted  # type: ignore[union-attr]
     return result
 
 
-def _part_shift(x: Tensor, to_past: slice, to_future: slice, n_segment: int, y: Tensor) -> Tensor:
+def _part_shift(
+    x: Tensor, ahead: int, behind: int, n_segment: int, reverse: bool, empty_like: Callable[..., Tensor]
+) -> Tensor:
+    y = empty_like(x, memory_format=_layout(x))
     source, target = to_clips(x, n_segment), to_clips(y, n_segment)
-    moving = max(to_past.stop, to_future.stop)
+    moving = ahead + behind
+    to_past, to_future = slice(0, ahead), slice(ahead, moving)
+    if reverse:
+        to_past, to_future = to_future, to_past
     target[:, :, moving:] = source[:, :, moving:]
     target[:, :-1, to_past] = source[:, 1:, to_past]
     target[:, -1, to_past] = 0
@@ -574,14 +584,11 @@ class _PartShift(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, ahead: int, behind: int, n_segment: int, reverse: bool) -> Tensor:
         ctx.options = ahead, behind, n_segment, not reverse
-        to_past, to_future = slice(0, ahead), slice(ahead, ahead + behind)
-        if reverse:
-            to_past, to_future = to_future, to_past
-        return _part_shift(x, to_past, to_future, n_segment, torch.empty_like(x))
+        return _part_shift(x, ahead, behind, n_segment, reverse, torch.empty_like)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return _PartShift.apply(grad, *ctx.options), None, None, None, None
+        return part_shift(grad, *ctx.options), None, None, None, None
 
 
 def _sums_of_maps(grad: Tensor, x: Tensor, n_segment: int, offset: int, framewise: bool) -> Tensor:
@@ -628,6 +635,12 @@ def _sums_of_pixels(grad: Tensor, x: Tensor, n_segment: int, offset: int, framew
 def needs_grad(*tensors: Tensor) -> bool:
     """Whether autograd records what is computed of these."""
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _out_of_place() -> bool:
+    """Whether a backward pass must compute by plain operations: a graph of the gradient is wanted, or many
+    gradients at a time."""
+    return torch.is_grad_enabled() or traced()
 
 
 def _is_real(x: Tensor) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .ops import in_graph, positive_int
+from .ops import positive_int, traced
 
 
 class Step:
@@ -80,7 +80,7 @@ class Step:
             self._versions[key] = x, None if x.is_inference() else x._version
         if key in self.copied:
             return x.clone()
-        if not in_graph() and x.untyped_storage().nbytes() > x.numel() * x.element_size():
+        if not traced() and x.untyped_storage().nbytes() > x.numel() * x.element_size():
             return x.clone()
         return x
 

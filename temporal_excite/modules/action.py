@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 from .. import passes
 from ..ops import (
-    causal_conv,
+    apply_taps,
     channel_mean,
     coefficients,
     conv_to_one,
     following,
     full_precision,
-    in_graph,
     linear,
     pointwise,
     positive_int,
@@ -29,8 +28,8 @@ from ..ops import (
     spatial_mean,
     squeeze,
     step_ahead,
-    temporal_conv,
     to_clips,
+    traced,
 )
 from .base import TemporalModule
 from .registry import register_module
@@ -91,15 +90,10 @@ class STE(Excitation):
         with full_precision(x) if self.fast else nullcontext():
             mean = channel_mean(x) if self.fast else x.mean(dim=1, keepdim=True)
             weight = self.weight.to(mean.dtype)
-            if self.fast and not self.causal and not in_graph():  # a graph keeps the batch one symbol
+            if self.fast and not self.causal and not traced():  # a graph keeps the batch one symbol
                 clips = to_clips(mean, self.n_segment).transpose(1, 2)
                 return F.conv3d(clips, weight[None], padding=1).sigmoid().view_as(mean)
-            if self.causal:
-                one, two = self.past(mean, 2, "mean")
-                frames = [two, one, mean]
-            else:
-                frames = [previous(mean, self.n_segment), mean, following(mean, self.n_segment)]
-            return conv_to_one(torch.cat(frames, dim=1), weight).sigmoid()
+            return conv_to_one(torch.cat(self.tap_frames(mean, "mean"), dim=1), weight).sigmoid()
 
 
 class CE(Excitation):
@@ -146,10 +140,7 @@ class CE(Excitation):
     def gate_of_mean(self, mean: Tensor) -> Tensor:
         """The mask for frames whose spatial mean is ``mean``, ``(N*T, C)``; to be called without autocast."""
         pooled = pointwise(self.squeeze, mean.to(self.squeeze.weight.dtype))
-        if self.causal:
-            mixed = causal_conv(pooled, self.past(pooled, 2, "squeezed"), self.temporal.weight)
-        else:
-            mixed = temporal_conv(pooled, self.temporal.weight, self.n_segment)
+        mixed = apply_taps(self.tap_frames(pooled, "squeezed"), self.temporal.weight)
         return pointwise(self.expand, self.act(mixed)).sigmoid()[..., None, None]
 
 

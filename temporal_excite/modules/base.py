@@ -5,7 +5,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from .. import past
-from ..ops import check_frames, first_zeroed, positive_int, previous
+from ..ops import check_frames, first_zeroed, following, positive_int, previous
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -48,6 +48,13 @@ class TemporalModule(nn.Module):
         if step := past.current():
             return step.past(self, x, steps, name)
         return [previous(x, self.n_segment, k) for k in range(1, steps + 1)]
+
+    def tap_frames(self, x: Tensor, name: str = "x") -> list[Tensor]:
+        """``x`` of the frames that the taps of a temporal convolution meet: t-1, t and t+1, zero beyond the
+        clip's ends; causal t-2, t-1 and t, as :meth:`past` has them."""
+        if self.causal:
+            return [*reversed(self.past(x, 2, name)), x]
+        return [previous(x, self.n_segment), x, following(x, self.n_segment)]
 
     def zero_at_first(self, x: Tensor) -> Tensor:
         """``x``, ``(N*T, ...)``, zero at the first frame of each clip or stream."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import passes
-from ..ops import in_graph, pointwise, positive_int
+from ..ops import pointwise, positive_int, traced
 from .action import ME
 from .base import TemporalModule
 from .registry import register_module
@@ -275,7 +275,7 @@ class PartConv(TemporalModule):
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
         rest, part = x.tensor_split((self.channels - self.conv.channels,), dim=1)
-        if self.overwrites and not in_graph() and not passes.needs_grad(x, self.conv.weight):
+        if self.overwrites and not traced() and not passes.needs_grad(x, self.conv.weight):
             part.copy_(self.conv(part))
             return x
         # a copy, so that the backward pass keeps the part and not the whole

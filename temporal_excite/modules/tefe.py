@@ -9,16 +9,11 @@ from torch import Tensor, nn
 
 from .. import passes, past
 from ..ops import (
+    apply_taps,
     at_each_frame,
-    causal_conv,
-    following,
-    framewise_temporal_conv,
-    in_graph,
     positive_int,
-    previous,
     spatial_mean,
     sum_taps,
-    temporal_conv,
 )
 from .base import TemporalModule
 from .registry import register_module
@@ -72,54 +67,36 @@ class TEModule(TemporalModule):
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
         self.check_n_segment(self.n_segment)
+        mean, earlier = self._mean_and_past(x)
+        gate = self._gate(mean, earlier).to(x.dtype)
         if self.causal:
-            return self._causal(x)
-        pooled = self._pooled(x)
-        kernel = at_each_frame(self._kernel, pooled, self.n_segment)  # (N*T, C, 3)
-        gate = self._gate(pooled).to(x.dtype)
-        if self.fast and not in_graph():
-            masks = [previous(gate, self.n_segment), gate, following(gate, self.n_segment)]
-            return passes.temporal_conv(x, _taps(masks, kernel), self.n_segment)
-        return framewise_temporal_conv(x * gate, kernel, self.n_segment)
-
-    def _causal(self, x: Tensor) -> Tensor:
-        pooled, earlier = self._pooled_and_past(x)
-        window = torch.stack([*reversed(earlier[: self.fc1.in_features - 1]), pooled], dim=2)
-        kernel = self._kernel(window)  # (N*T, C, 3)
-        gate = self._causal_gate(pooled, earlier).to(x.dtype)
-        if self.fast and not in_graph() and not past.current():
-            masks = [*reversed(self.past(gate, 2)), gate]
-            return passes.temporal_conv(x, _taps(masks, kernel), self.n_segment, causal=True)
-        excited = x * gate
-        return causal_conv(excited, self.past(excited, 2, "excited"), kernel.unsqueeze(2))
+            kernel = self._kernel(torch.stack([*reversed(earlier[: self.fc1.in_features - 1]), mean], dim=2))
+        else:
+            kernel = at_each_frame(self._kernel, mean, self.n_segment)
+        if self.fast and not past.current():
+            # kernel and masks as one, (N*T, C, 1, 3)
+            taps = torch.stack(self.tap_frames(gate), -1).flatten(2, 3) * kernel.unsqueeze(2)
+            return passes.temporal_conv(x, taps, self.n_segment, self.causal)
+        return apply_taps(self.tap_frames(x * gate, "excited"), kernel.unsqueeze(2))
 
     def _kernel(self, pooled: Tensor) -> Tensor:
-        """The long-term branch's kernel q, ``(..., C, 3)``, of T spatial means, ``(..., C, T)``."""
+        """The long-term branch's kernel q, ``(N, C, 3)``, of T spatial means, ``(N, C, T)``."""
         return self.fc2(self.act(self.fc1(pooled))).softmax(dim=-1)
 
     def gate(self, x: Tensor) -> Tensor:
         """The short-term branch's mask M, ``(N*T, C, 1, 1)``."""
-        if self.causal:
-            return self._causal_gate(*self._pooled_and_past(x))
-        return self._gate(self._pooled(x))
+        return self._gate(*self._mean_and_past(x))
 
-    def _pooled_and_past(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The spatial mean s and those before: as many as the two branches need."""
-        pooled = self._pooled(x)
-        return pooled, self.past(pooled, max(2, self.fc1.in_features - 1), "pooled")
+    def _mean_and_past(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The spatial mean s, ``(N*T, C)``; causal with those before, as many as the two branches need."""
+        mean = spatial_mean(x).to(x.dtype)
+        return mean, self.past(mean, max(2, self.fc1.in_features - 1), "pooled") if self.causal else []
 
-    def _causal_gate(self, pooled: Tensor, earlier: list[Tensor]) -> Tensor:
-        squeezed = causal_conv(pooled, earlier[:2], self.reduce.weight)
-        expanded = causal_conv(squeezed, self.past(squeezed, 2, "squeezed"), self.expand.weight)
+    def _gate(self, mean: Tensor, earlier: list[Tensor]) -> Tensor:
+        near = [earlier[1], earlier[0], mean] if self.causal else self.tap_frames(mean)
+        squeezed = apply_taps(near, self.reduce.weight)
+        expanded = apply_taps(self.tap_frames(squeezed, "squeezed"), self.expand.weight)
         return expanded.sigmoid()[..., None, None]
-
-    def _gate(self, pooled: Tensor) -> Tensor:
-        squeezed = temporal_conv(pooled, self.reduce.weight, self.n_segment)
-        return temporal_conv(squeezed, self.expand.weight, self.n_segment).sigmoid()[..., None, None]
-
-    def _pooled(self, x: Tensor) -> Tensor:
-        """The spatial mean s, ``(N*T, C)``."""
-        return spatial_mean(x).to(x.dtype)
 
     def check_n_segment(self, n_segment: int) -> None:
         if n_segment != self.fc1.in_features and not self.causal:
@@ -128,11 +105,6 @@ class TEModule(TemporalModule):
                 f"{self.fc1.in_features}-vector of frames they were built for. Build it anew: eject(model), "
                 f"then inject(model, ..., n_segment={n_segment})"
             )
-
-
-def _taps(masks: list[Tensor], kernel: Tensor) -> Tensor:
-    """Kernel and mask as one, ``(N*T, C, 1, 3)``: what a frame takes of those the three masks are of."""
-    return torch.stack(masks, -1).flatten(2, 3) * kernel.unsqueeze(2)
 
 
 class _Conv3x3x3(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import passes, past
-from ..ops import causal_conv, following, positive_int, previous, temporal_conv
+from ..ops import apply_taps, following, positive_int, previous, temporal_conv
 from .base import TemporalModule
 from .registry import register_module
 
@@ -111,7 +111,7 @@ class TemporalConv(TemporalModule):
         if self.depthwise and self.fast and not past.current():
             return passes.temporal_conv(x, self.weight, self.n_segment, self.causal)
         if self.causal:
-            return causal_conv(x, self.past(x, 2), self.weight)
+            return apply_taps(self.tap_frames(x), self.weight)
         return temporal_conv(x, self.weight, self.n_segment)
 
     def extra_repr(self) -> str:
