@@ -311,7 +311,7 @@ def channel_mean(x: Tensor) -> Tensor:
 
 def _mean(x: Tensor, dims: tuple[int, ...], count: int, keepdim: bool = False) -> Tensor:
     kind = torch.promote_types(x.dtype, torch.float32)
-    if not torch.is_grad_enabled():
+    if traced() or not torch.is_grad_enabled():
         return x.mean(dims, keepdim=keepdim, dtype=kind)
     # divided afterwards: the gradient of a mean is divided at its full size
     return x.sum(dims, keepdim=keepdim, dtype=kind) / count

@@ -348,7 +348,9 @@ class _TemporalConv(torch.autograd.Function):
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:  # the adjoint convolution
             grad_x = _conv_of(grad, _adjoint(weight, n_segment, offset), n_segment, -offset)
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1] and not len(x):  # no clips to sum over
+            grad_weight = torch.zeros_like(weight)
+        elif ctx.needs_input_grad[1]:
             sums = _sums_of_pixels if _is_channels_last(x) else _sums_of_maps
             grad_weight = sums(grad, x, n_segment, offset, framewise=weight.ndim == 4)
             grad_weight = grad_weight.unsqueeze(-2).to(weight.dtype)
@@ -511,7 +513,7 @@ class _Squeeze(torch.autograd.Function):
         grad = grad.flatten(2)
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            sums = torch.bmm(grad, y.flatten(2).transpose(1, 2)) / gate.view(len(y), 1, -1)
+            sums = torch.bmm(grad, y.flatten(2).transpose(1, 2)) / gate.flatten(2).transpose(1, 2)
             grad_weight = sums.sum(0).view_as(weight)
         terms = weight.flatten(1).T.expand(len(y), -1, -1), grad
         if _out_of_place():

@@ -106,6 +106,22 @@ def test_the_future_does_not_matter(name, fast):
     assert past_seen
 
 
+@pytest.mark.parametrize("name", BUILD)
+@pytest.mark.parametrize("causal", [False, True], ids=["two-sided", "causal"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_no_clips(name, causal, memory_format):
+    module = BUILD[name](4, 3, causal=causal)
+    shape = module(torch.randn(3, module.channels, 5, 4)).shape
+    x = torch.randn(0, module.channels, 5, 4).contiguous(memory_format=memory_format).requires_grad_()
+    for training in (True, False):
+        y = module.train(training)(x)
+        assert y.shape == (0, *shape[1:])
+        y.sum().backward()
+        assert all(p.grad is not None and not p.grad.any() for p in [x, *module.parameters()])
+    with torch.no_grad():
+        assert module(x).shape == y.shape
+
+
 @pytest.mark.parametrize("name", ["tsm", "ste", "ce", "me", "action", "mta text", "te", "fe", "tea me text"])
 def test_gradcheck(name):
     torch.manual_seed(0)

@@ -267,6 +267,17 @@ def test_compile_and_export(module, causal):
         torch.testing.assert_close(exported(x), model(x))
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("module", [*MODULES, "te"])
+def test_jit_trace(module, causal):
+    """It traces a second time, without gradients, and compares."""
+    model = stage(module, causal=causal)
+    traced = torch.jit.trace(model, features(2))
+    for clips in (1, 2, 3, 80):
+        x = features(clips)
+        torch.testing.assert_close(traced(x), model(x))
+
+
 @pytest.mark.parametrize("module", ["action", "te", "tsm"])
 def test_compiled_once_for_every_number_of_clips(module):
     graphs = []

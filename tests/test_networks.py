@@ -75,6 +75,15 @@ def test_training_without_memory(model):
     assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_no_clips(model, training):
+    x = frames(0).requires_grad_()
+    y = model.train(training)(x)
+    assert y.shape == (0, *model.eval()(frames()).shape[1:])
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+
+
 def features(clips: int) -> torch.Tensor:
     """Input of the first stage."""
     return torch.randn(clips * T, 64, 6, 6, generator=torch.Generator().manual_seed(7))

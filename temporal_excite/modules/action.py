@@ -226,7 +226,7 @@ class ME(Excitation):
         features = linear(means.flatten(0, 1), self.squeeze.weight.flatten(1).to(means.dtype))
         if not isinstance(self.norm, nn.Identity):
             features = _normalise(self.norm, features)
-        return self._motion_of_features(features.view(*means.shape[:2], -1), height, width)
+        return self._motion_of_features(features.unflatten(0, means.shape[:2]), height, width)
 
     def _motion_of_features(self, means: Tensor, height: int, width: int) -> Tensor:
         """The pooled motion F from the nine means of f, ``(9, N*T, squeezed)``."""
