@@ -2,7 +2,8 @@
 
 Each function has the value, and the gradient, of the plain line its docstring gives. In eager mode it blocks
 its loops so that intermediate results stay in cache and keeps nothing for backward but its inputs; a graph
-(``torch.compile``, ``torch.export``, tracing) gets the plain line, which a compiler fuses by itself.
+(``torch.compile``, ``torch.export``, tracing) gets the plain line, which a compiler fuses by itself, and so
+does a transformation of single operations (``torch.func``).
 """
 
 import sys
