@@ -267,6 +267,7 @@ def test_compile_and_export(module, causal):
         torch.testing.assert_close(exported(x), model(x))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # a trace is of one size of frames
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("module", [*MODULES, "te"])
 def test_jit_trace(module, causal):
