@@ -187,7 +187,7 @@ def apply_taps(frames: list[Tensor], weight: Tensor) -> Tensor:
         return F.conv2d(torch.cat(frames, 1), weight.transpose(1, 2).flatten(1)[..., None, None])
     if _countable:
         groups = torch.stack(frames, 2).flatten(0, 2)  # (N*T * C * 3, H, W)
-        kernel = weight.expand(len(third), -1, -1, 3) if weight.ndim == 4 else weight.repeat(len(third), 1, 1)
+        kernel = weight if weight.ndim == 4 else weight.repeat(len(third), 1, 1)
         kernel = kernel.reshape(-1, 3, 1, 1)
         return F.conv2d(groups[None], kernel, groups=len(kernel)).view(third.shape)
     one, two, three = _taps(weight, third)

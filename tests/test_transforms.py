@@ -59,7 +59,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9 * max(1.0, float(expected.abs().max())))
 
 
-def as_function(model: nn.Module, x: torch.Tensor):
+def as_function(model: nn.Module):
     """``f(parameters, x)``, which leaves the norms' statistics alone."""
     buffers = dict(model.named_buffers())
 
@@ -72,7 +72,7 @@ def as_function(model: nn.Module, x: torch.Tensor):
 
 def test_gradients(model):
     x = clips_for(model)[0]
-    f, parameters = as_function(model, x)
+    f, parameters = as_function(model)
     found, found_x = func.grad(lambda p, x: f(p, x).square().sum(), argnums=(0, 1))(parameters, x)
     x.requires_grad_()
     expected = torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
@@ -84,7 +84,7 @@ def test_gradients(model):
 def test_derivative_in_a_direction(model, way):
     """``<u, J v> = <J^T u, v>``, the right side from a backward pass."""
     x, v = clips_for(model)
-    f, parameters = as_function(model, x)
+    f, parameters = as_function(model)
     directions = {k: torch.randn_like(p) for k, p in parameters.items()}
     if way == "torch.func":
         y, found = func.jvp(f, (parameters, x), (directions, v))
@@ -104,7 +104,7 @@ def test_many_batches_at_a_time(model):
     batches = clips_for(model)
     with torch.no_grad():
         close(func.vmap(model)(batches), torch.stack([model(x) for x in batches]))
-    f, parameters = as_function(model, batches[0])
+    f, parameters = as_function(model)
     loss = func.grad(lambda p, x: f(p, x).square().sum())
     each = [loss(parameters, x) for x in batches]
     for name, found in func.vmap(loss, (None, 0))(parameters, batches).items():
