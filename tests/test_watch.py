@@ -119,6 +119,30 @@ def test_camera(monkeypatch):
         list(frames)
 
 
+def test_broken_frames(monkeypatch, tmp_path):
+    """A camera is watched on, a file ends there; a camera that sends nothing else is given up."""
+    video = write_video(tmp_path / "a.avi", 8, "mjpeg")
+    with av.open(str(video)) as container:
+        packets = [bytes(packet) for packet in container.demux(video=0) if packet.size]
+    content = video.read_bytes()
+    for number in 2, 3, 6:
+        half = len(packets[number]) // 2
+        content = content.replace(packets[number], packets[number][:half].ljust(len(packets[number]), b"\0"))
+    video.write_bytes(content)
+    with pytest.raises(VideoError, match=r"a\.avi: cannot be decoded after 2 frames"), play(video) as frames:
+        list(frames)
+    monkeypatch.setattr(playing, "_camera", lambda number: (str(video), "avi"))
+
+    def watched(patience: int) -> list[int]:
+        monkeypatch.setattr(playing, "_PATIENCE", patience)
+        with play("0") as camera:
+            return [number_of(f.picture.permute(1, 2, 0).numpy()) for f in camera._player]
+
+    assert watched(2) == [0, 1, 4, 5, 7]
+    with pytest.raises(VideoError, match="cannot be decoded after 2 frames"):
+        watched(1)
+
+
 def test_no_camera(causal, capsys):
     assert "no camera 987" in fails(capsys, "watch", causal, 987)
 

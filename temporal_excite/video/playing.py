@@ -16,6 +16,8 @@ from torch import Tensor
 
 from .decoding import FrameFolder, VideoError, to_rgb
 
+_PATIENCE = 100  # broken frames in a row with which a camera is still taken for sound
+
 
 @dataclass(frozen=True)
 class Frame:
@@ -74,12 +76,15 @@ class FolderPlayer:
 
 
 class FilePlayer:
-    """A video file, or what else PyAV opens."""
+    """A video file, or what else PyAV opens. Leaves out up to ``patience`` broken frames in a row."""
 
-    def __init__(self, path: Path, fps: float, file: str | None = None, format: str | None = None) -> None:
+    def __init__(
+        self, path: Path, fps: float, file: str | None = None, format: str | None = None, patience: int = 0
+    ) -> None:
         import av
 
         self.path = path
+        self._patience = patience
         self._av = av
         self._reformatter = av.video.reformatter.VideoReformatter()
         try:
@@ -105,26 +110,34 @@ class FilePlayer:
         return _checked(self.path, self._decode(), self.rate)
 
     def _decode(self) -> Iterator[tuple[float | None, Tensor]]:
-        count = 0
+        count = broken = 0
         try:
-            for frame in self._container.decode(self._stream):
-                if frame.is_corrupt:
-                    raise VideoError(self.path, f"frame {count} is corrupt")
-                picture = to_rgb(frame, self._reformatter)
-                yield frame.time, torch.from_numpy(picture.copy()).permute(2, 0, 1)
-                count += 1
+            for packet in self._container.demux(self._stream):
+                if self._patience and not packet.size:
+                    continue  # a buffer that a camera's driver gave up, which a decoder takes for the end
+                try:
+                    for frame in packet.decode():
+                        if frame.is_corrupt:
+                            raise VideoError(self.path, f"frame {count} is corrupt")
+                        picture = to_rgb(frame, self._reformatter)
+                        yield frame.time, torch.from_numpy(picture.copy()).permute(2, 0, 1)
+                        count, broken = count + 1, 0
+                except (self._av.error.InvalidDataError, VideoError):
+                    broken += 1
+                    if broken > self._patience:
+                        raise
         except self._av.FFmpegError as error:
             raise VideoError(self.path, f"cannot be decoded after {count} frames: {error}") from error
 
 
 class CameraPlayer:
     """A camera: always the newest frame; those that arrive while nobody asks are left out, their numbers
-    too. It never ends by itself."""
+    too. It never ends by itself, nor because of single frames that arrive broken."""
 
     def __init__(self, number: int, fps: float) -> None:
         file, format = _camera(number)
         try:
-            self._player = FilePlayer(Path(file), fps, file, format)
+            self._player = FilePlayer(Path(file), fps, file, format, patience=_PATIENCE)
         except VideoError as error:
             raise VideoError(error.path, f"no camera {number}: {error.problem}") from error
         self.rate = self._player.rate
