@@ -43,7 +43,10 @@ TAIL = """
   anything is lost; re-parameterise first and inject then. Blocks that fold in place keep their module;
   timm freezes such a block's parameters, the module's among them.
 - A module after a batch norm (`out:bn3` and the like, mostly loc4): convert to SyncBatchNorm before injecting. Converting
-  afterwards makes a new layer without the module; the next forward raises.
+  afterwards makes a new layer without the module; the next forward raises, and `eject` clears what is left.
+- `torch.ao.quantization.fuse_modules` keeps the modules. Passes over `torch.fx` graphs that put other layers in the place of
+  convolutions and norms (`torch.fx.experimental.optimization.fuse`, `quantize_fx`) do not see the modules on them and lose
+  them without a word: use `torch.export`.
 - `torch.jit.script` does not take networks with Python hooks; `torch.compile` and `torch.export` do.
 """
 

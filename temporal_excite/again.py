@@ -95,8 +95,8 @@ class Input(Tensor):
 
     again: Again | None = None
     """What a convolution or average pooling keeps in its place."""
-    rectified = False
-    """Whether a ReLU in place has nothing to do."""
+    rectified: int | None = None
+    """At which version a ReLU in place has nothing to do; tensors of inference mode have none but 0."""
 
     @classmethod
     def __torch_function__(
@@ -104,7 +104,7 @@ class Input(Tensor):
     ) -> Any:
         first: Any = args[0] if args else None
         with torch._C.DisableTorchFunctionSubclass():
-            if func is F.relu and getattr(first, "rectified", False) and (kwargs or {}).get("inplace"):
+            if func is F.relu and (kwargs or {}).get("inplace") and _is_rectified(first):
                 return first.as_subclass(Tensor)
             again = Again.of(first) if func in (F.conv2d, F.avg_pool2d) else None
             with again.instead_of(first) if again else nullcontext():
@@ -112,6 +112,15 @@ class Input(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+
+def _is_rectified(x: Any) -> bool:
+    return isinstance(x, Input) and x.rectified is not None and x.rectified == version_of(x)
+
+
+def version_of(x: Tensor) -> int:
+    """How often ``x`` has been changed in place; 0 where inference mode does not count."""
+    return 0 if x.is_inference() else x._version
 
 
 def computing(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:

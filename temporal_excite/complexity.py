@@ -182,7 +182,8 @@ def _trace(
         warnings.filterwarnings("ignore", message=r".*torch\.jit", category=DeprecationWarning)
         from fvcore.nn import FlopCountAnalysis
 
-        analysis = FlopCountAnalysis(_twin(model, fast), torch.zeros(frames))
+        inputs = torch.zeros(frames, dtype=torch.float32, device="cpu")
+        analysis = FlopCountAnalysis(_twin(model, fast), inputs)
         analysis.set_op_handle(**_handles(paper_only))
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         try:

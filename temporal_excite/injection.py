@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import passes, past
 from ._text import columns
+from .again import Input
 from .hosts import PLACEMENTS, Block, find_blocks
 from .modules.base import TemporalModule, is_causal
 from .modules.registry import module_factory, module_names, network_plan
@@ -46,13 +47,20 @@ class _Hook:
 
 class _Before(_Hook):
     def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if _hook(layer) is not self:
+            return args
         return (passes.lent(args[0], self.run(layer, args[0])), *args[1:])
 
 
 class _After(_Hook):
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if _hook(layer) is not self:
+            return output
         passes.lent_by_norm(layer, args[0], output)
-        return self.run(layer, output)
+        y = self.run(layer, output)
+        if isinstance(y, Input) and len(layer._forward_hooks) > 1:  # others may change it
+            return y.as_subclass(Tensor)
+        return y
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,7 @@ class _Watch:
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...]) -> None:
         layer = block.get_submodule(self.path)
-        if not any(isinstance(hook, _Hook) for hook in _hooks(layer)):
+        if _hook(layer) is None:
             raise RuntimeError(
                 f"{type(layer).__name__} took the place of the batch norm {self.path!r} in "
                 f"{type(block).__name__}, and the temporal module on it no longer runs: "
@@ -82,6 +90,8 @@ def _refuse_fuse(*_: Any, **__: Any) -> nn.Module:
 
 class _Around(_Hook):
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if _hook(layer) is not self:
+            return output
         return layer.temporal(args[0], output)  # type: ignore[operator]
 
 
@@ -275,6 +285,11 @@ def inject(
         raise RuntimeError(
             f"{type(model).__name__} already holds {len(held)} temporal modules; eject(model) first"
         )
+    if _watched(model):
+        raise RuntimeError(
+            f"{type(model).__name__} holds what is left of temporal modules whose batch norms were replaced; "
+            "eject(model) first"
+        )
     if causal:
         _check_causal(plan or factory, module)
         kwargs["causal"] = True
@@ -288,19 +303,25 @@ def inject(
             child = factory(block.channels(anchor), n_segment=n_segment, **kwargs)
             insertions.append(Insertion(block, anchor, placement or "loc1", child))
     for insertion in insertions:
+        if not isinstance(insertion.module, nn.Module):
+            raise TypeError(
+                f"{module!r} gave {insertion.module!r} for {insertion.block.name}, not a torch.nn.Module"
+            )
         if causal and not is_causal(insertion.module):
             raise TypeError(
                 f"{type(insertion.module).__name__} takes causal=True, but its attribute causal, or a "
                 "part's, is not True: derive it from temporal_excite.modules.TemporalModule"
             )
-    for insertion in insertions:
+    ready = [_prepared(insertion) for insertion in insertions]  # all, before the first is attached
+    for insertion in ready:
         _attach(model, insertion)
     _forget_compiled()
     return model
 
 
 def eject(model: Model) -> Model:
-    """Take all temporal modules out again, in place: keys and outputs are the plain model's.
+    """Take all temporal modules out again, in place: keys and outputs are the plain model's. So it does with
+    what is left of them where their layers have been replaced.
 
     Returns:
         The same model.
@@ -308,10 +329,11 @@ def eject(model: Model) -> Model:
     Raises:
         RuntimeError: the model holds none.
     """
-    held = list(_held(model))
-    if not held:
+    held, watched = list(_held(model)), _watched(model)
+    if not held and not watched:
         raise RuntimeError(f"{type(model).__name__} holds no temporal modules: nothing to eject")
-    children = {id(getattr(layer, CHILD)) for _, layer, _ in held}
+    layers = [*(layer for _, layer, _ in held), *watched]
+    children = {id(child) for layer in layers if (child := getattr(layer, CHILD, None)) is not None}
     for name, layer, place in held:
         if isinstance(place, _Replaced):
             parent, _, child = name.rpartition(".")
@@ -494,11 +516,17 @@ def _check_place(block: Block, anchor: str) -> None:
         raise ValueError(f"{type(holder).__name__} in {block.name} has an attribute {CHILD!r} of its own")
 
 
+def _prepared(insertion: Insertion) -> Insertion:
+    """With the module in the mode, dtype and on the device of its block."""
+    host = insertion.block.module
+    return replace(insertion, module=_to_like(insertion.module.train(host.training), host))
+
+
 def _attach(model: nn.Module, insertion: Insertion) -> None:
     block = insertion.block
     path, layer = block.layer(insertion.anchor)
     position = insertion.anchor.partition(":")[0]
-    module = _to_like(insertion.module.train(block.module.training), block.module)
+    module = insertion.module
     place = (path, position, insertion.placement, block.stage)
     if position == "instead":
         parent, _, name = path.rpartition(".")
@@ -534,6 +562,15 @@ def _hooks(layer: nn.Module) -> list[Callable[..., Any]]:
     return [*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()]
 
 
+def _hook(layer: nn.Module) -> _Hook | None:
+    """The hook that runs the layer's module: the first one. Fusing layers gives a copy of a layer, which has
+    its hooks, those of the layer once more."""
+    for hook in _hooks(layer):
+        if isinstance(hook, _Hook):
+            return hook
+    return None
+
+
 def _to_like(module: nn.Module, like: nn.Module) -> nn.Module:
     """``module`` on the device and in the dtype of ``like``'s parameters, where it has any."""
     parameter = next(like.parameters(), None)
@@ -553,9 +590,19 @@ def _held(model: nn.Module) -> Iterator[tuple[str, nn.Module, _Hook | _Replaced]
         if isinstance(layer, _Replacement):
             yield name, layer, layer.replaced
             continue
-        for hook in _hooks(layer):
-            if isinstance(hook, _Hook):
-                yield name, layer, hook
+        if (hook := _hook(layer)) is not None:
+            yield name, layer, hook
+
+
+def _watched(model: nn.Module) -> list[nn.Module]:
+    """The layers on which :class:`_Watch` expects a module, with those above them in their blocks."""
+    layers = []
+    for block in model.modules():
+        for watch in (hook for hook in _hooks(block) if isinstance(hook, _Watch)):
+            layers.append(block)
+            for part in watch.path.split("."):
+                layers.append(getattr(layers[-1], part))
+    return layers
 
 
 def _forget_compiled() -> None:

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 _countable = False
 
@@ -167,7 +170,7 @@ def _taps(weight: Tensor, x: Tensor) -> Tensor:
         # A product is contiguous, and computed once; a view the compiler would gather, and what the taps are
         # made of compute, element by element in its inner loop, which costs less only where the loop is short
         with full_precision(weight):
-            taps = torch.eye(3, dtype=weight.dtype) @ taps
+            taps = torch.eye(3, dtype=weight.dtype, device=weight.device) @ taps
     return taps.unflatten(1, (-1, x.shape[1]))[..., None, None]
 
 
@@ -317,11 +320,32 @@ def _mean(x: Tensor, dims: tuple[int, ...], count: int, keepdim: bool = False) -
     return x.sum(dims, keepdim=keepdim, dtype=kind) / count
 
 
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether calling a layer does more than its ``forward``."""
+    return bool(layer._forward_pre_hooks or layer._forward_hooks)
+
+
+def read_as_called(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether to read a convolution's weight and compute with it is as good as to call it."""
+    return type(conv) is nn.Conv2d and (_countable or not has_hooks(conv))  # a counter's own do nothing
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """``layer.weight`` as a call would find it: PyTorch's pruning and older normalisations make it then."""
+    for hook in layer._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod | WeightNorm | SpectralNorm):
+            hook(layer, ())
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return weight
+
+
 def pointwise(conv: nn.Module, x: Tensor) -> Tensor:
-    """A 1x1 convolution of vectors ``(N, C)``."""
-    if type(conv) is nn.Conv2d:  # a matrix product: setting up a convolution takes longer than this one
-        return linear(x, conv.weight.flatten(1).to(x.dtype), conv.bias)
-    return conv(x[..., None, None]).flatten(1)  # quantised, adapted or otherwise replaced
+    """A 1x1 convolution of vectors ``(N, C)``, in its own dtype."""
+    if read_as_called(conv):  # a matrix product: setting up a convolution takes longer than this one
+        return linear(x.to(conv.weight.dtype), conv.weight.flatten(1), conv.bias)
+    # quantised, adapted or otherwise replaced
+    kind = next((p.dtype for p in conv.parameters() if p.is_floating_point()), x.dtype)
+    return conv(x.to(kind)[..., None, None]).flatten(1)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -359,7 +383,7 @@ def squeeze(conv: nn.Module, x: Tensor) -> Tensor:
     is a matrix product.
     """
     by_frame = x.device.type == "cpu" and x.is_contiguous() and not traced() and not _countable
-    if not by_frame or type(conv) is not nn.Conv2d or conv.bias is not None:
+    if not by_frame or not read_as_called(conv) or conv.bias is not None:
         return conv(x)
     return squeeze_by_frame(conv.weight, x)
 

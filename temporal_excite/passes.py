@@ -8,7 +8,7 @@ does a transformation of single operations (``torch.func``).
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, partial
 from math import gcd
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import memory, ops, past
-from .again import Again, Input, autocast_of_now, check_version, computing
-from .ops import following, previous, to_clips, traced
+from .again import Again, Input, autocast_of_now, check_version, computing, version_of
+from .ops import following, has_hooks, previous, read_as_called, to_clips, traced
 
 # bytes a pass works on at a time: smaller ones cost more calls than they spare traffic beyond the cache
 _BLOCK = 4 << 20
@@ -32,108 +32,108 @@ _HAS_AVX = torch.backends.cpu.get_cpu_capability().startswith("AVX")
 _HAS_SPARSE_PRODUCTS = sys.platform == "linux" and torch.backends.mkl.is_available()
 
 
-def recompute(function: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module) -> Tensor:
-    """``function(x)``, keeping only ``x`` for backward, which computes the rest again.
+def recompute(method: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``method(x)``, a module's, keeping only ``x`` for backward, which computes the rest again.
 
-    ``module`` owns the parameters; its batch norms' running statistics move once.
+    The module's batch norms' running statistics move once.
     """
+    module: nn.Module = method.__self__  # type: ignore[attr-defined]
     # in a step of a stream the past is at hand only now
     if traced() or not torch.is_grad_enabled() or past.current():
-        return function(x)
+        return method(x)
     parameters = [p for p in _parameters(module) if p.requires_grad]
-    if not needs_grad(x, *parameters) or _holds_other_norms(module):
-        return function(x)
-    result: Tensor = _Recompute.apply(function, _AsItWas(module), x, *parameters)
+    if not needs_grad(x, *parameters) or not _repeats(module):
+        return method(x)
+    result: Tensor = _Recompute.apply(method, _AsItWas(module), x, *parameters)
     return result
 
 
 class _Recompute(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, function: Callable[[Tensor], Tensor], module: "_AsItWas", x: Tensor, *parameters: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, method: Any, module: "_AsItWas", x: Tensor, *parameters: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.function, ctx.module, ctx.parameters = function, module, parameters
+        ctx.function, ctx.module, ctx.parameters = method.__func__, module, parameters
         ctx.autocast = autocast_of_now(x)
         ctx.recomputed = None
-        return function(x)
+        result: Tensor = method(x)
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, y = _recomputed(ctx)
+        inputs, y = _recomputed(ctx)
         ctx.recomputed = None
-        wanted = [t for t in (x, *ctx.parameters) if t.requires_grad]
+        wanted = [t for t in inputs if t.requires_grad]
         found = torch.autograd.grad(y, wanted, grad, create_graph=torch.is_grad_enabled(), allow_unused=True)
         grads = iter(found)
-        return None, None, *(next(grads) if t.requires_grad else None for t in (x, *ctx.parameters))
+        return None, None, *(next(grads) if t.requires_grad else None for t in inputs)
 
 
-def _recomputed(node: Any) -> tuple[Tensor, Tensor]:
-    """Input and output of a :class:`_Recompute`, with the graph between; once in a backward pass, whoever
+def _recomputed(node: Any) -> tuple[list[Tensor], Tensor]:
+    """Inputs and output of a :class:`_Recompute`, with the graph between; once in a backward pass, whoever
     asks first."""
     plain = _out_of_place()
     if node.recomputed is None or node.recomputed[0] != plain:
-        (x,) = node.saved_tensors
-        if not plain:
-            x = x.detach().requires_grad_(x.requires_grad)
+        given = *node.saved_tensors, *node.parameters
         momentary = nullcontext() if plain else memory.recomputing()
-        with torch.enable_grad(), node.autocast, node.module, momentary:
-            node.recomputed = plain, x, node.function(x)
-    _, x, y = node.recomputed
-    return x, y
+        with torch.enable_grad(), node.autocast, momentary:
+            # others in their place: the hooks of these are for the gradient as a whole, and run once
+            inputs = [t.view_as(t) if plain else t.detach().requires_grad_(t.requires_grad) for t in given]
+            module = node.module.again(dict(zip(given[1:], inputs[1:], strict=True)))
+            node.recomputed = plain, inputs, node.function(module, inputs[0])
+    _, inputs, y = node.recomputed
+    return inputs, y
 
 
 def _parameters(module: nn.Module) -> list[Tensor]:
     """The module's parameters, also where it is a replica of ``nn.DataParallel``, which has only copies."""
-    named = [m._parameters | getattr(m, "_former_parameters", {}) for m in module.modules()]
+    named = [_own_parameters(m) for m in module.modules()]
     return list(dict.fromkeys(p for own in named for p in own.values() if p is not None))
 
 
-def _holds_other_norms(module: nn.Module) -> bool:
-    """Whether a batch norm in training is not PyTorch's own for one process: a second run may differ."""
-    return any(
-        isinstance(m, _BatchNorm) and m.training and type(m) is not nn.BatchNorm2d for m in module.modules()
-    )
+def _own_parameters(module: nn.Module) -> dict[str, Tensor | None]:
+    return module._parameters | getattr(module, "_former_parameters", {})
+
+
+_REPEATABLE = nn.Conv1d, nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity
+
+
+def _repeats(module: nn.Module) -> bool:
+    """Whether a second run gives the same, and nobody notices it: all parts are known, and without hooks."""
+    for part in module.modules():
+        kind = type(part)
+        known = kind in _REPEATABLE or kind.__module__.startswith(f"{__package__}.")
+        fixed = (isinstance(part, _BatchNorm) and not part.training) or kind.__name__ == "FrozenBatchNorm2d"
+        if not (known or fixed) or (part is not module and has_hooks(part)):
+            return False
+    return True
 
 
 class _AsItWas:
-    """While entered, a module computes as when this was made: with the same parameters and in the same mode.
-
-    Batch norms in training move copies of their running statistics. May be entered again: each backward pass
-    through a kept graph recomputes.
-    """
+    """A module as it is when this is made: its parts, parameters, mode and options."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.then = [_state(m) for m in module.modules()]
+        self.module = _copy(module, {})
         self.versions = [(p, p._version) for p in module.parameters()]
-        self.now: list[_State] = []
 
-    def __enter__(self) -> None:
+    def again(self, instead: Mapping[Tensor, Tensor]) -> nn.Module:
+        """To be run once more, with other tensors ``instead`` of some of the parameters."""
         for parameter, version in self.versions:
             check_version(parameter, version)
-        self.now = [_state(state[0]) for state in self.then]
-        for module, mode, parameters, buffers in self.then:
-            if mode and isinstance(module, nn.BatchNorm2d):
-                buffers = {k: None if v is None else v.clone() for k, v in buffers.items()}
-            _restore((module, mode, parameters, buffers))
-
-    def __exit__(self, *error: object) -> None:
-        for state in self.now:
-            _restore(state)
+        return _copy(self.module, instead)
 
 
-_State = tuple[nn.Module, bool, dict[str, nn.Parameter | None], dict[str, Tensor | None]]
-
-
-def _state(module: nn.Module) -> _State:
-    return module, module.training, dict(module._parameters), dict(module._buffers)
-
-
-def _restore(state: _State) -> None:
-    module, mode, parameters, buffers = state
-    module.training = mode
-    module._parameters.update(parameters)
-    module._buffers.update(buffers)
+def _copy(module: nn.Module, instead: Mapping[Tensor, Tensor]) -> nn.Module:
+    """A copy that shares all tensors but those; batch norms in training move no statistics."""
+    copy: nn.Module = module.__new__(type(module))
+    own = copy.__dict__
+    own.update(module.__dict__)
+    own["_parameters"], own["_buffers"] = dict(module._parameters), dict(module._buffers)
+    own["_modules"] = {k: m and _copy(m, instead) for k, m in module._modules.items()}
+    # attributes, which hide parameters: that is where a replica has its own
+    own |= {k: instead[p] for k, p in _own_parameters(module).items() if p is not None and p in instead}
+    if module.training and isinstance(module, _BatchNorm):
+        own["track_running_stats"] = False
+    return copy
 
 
 def lent(x: Tensor, y: Tensor) -> Tensor:
@@ -191,8 +191,7 @@ def _runs_again(module: nn.Module) -> Callable[[Tensor], Tensor]:
     as_it_was = _AsItWas(module)
 
     def run(x: Tensor) -> Tensor:
-        with as_it_was:
-            result: Tensor = module.forward(x)
+        result: Tensor = as_it_was.again({}).forward(x)
         return result
 
     return run
@@ -473,7 +472,7 @@ def has_excite(x: Tensor, squeeze: nn.Module) -> bool:
     """Whether :func:`excite` takes ``x``: for a gradient, in the precision of the parameters."""
     return (
         _is_real(x)
-        and type(squeeze) is nn.Conv2d
+        and read_as_called(squeeze)
         and squeeze.bias is None
         and x.dtype == squeeze.weight.dtype
         and x.dtype in (torch.float32, torch.float64)  # in fewer bits a quotient would show
@@ -543,7 +542,7 @@ def rectified(y: Tensor) -> Tensor:
     if traced() or not _is_real(y):
         return y
     given = y.as_subclass(Input)
-    given.rectified = True
+    given.rectified = version_of(given)
     return given
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from speed import saved_bytes
 from torch import nn
 from torch.func import functional_call
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import temporal_excite as te
@@ -240,6 +241,121 @@ def test_mode_changed_before_backward(module):
     for a, b in zip(torch.autograd.grad(loss, [x, *model.parameters()]), expected, strict=False):
         assert torch.equal(a, b)
     assert not any(m.training for m in model.modules())
+
+
+@pytest.mark.parametrize("module", ["action", "me", "tea_me", "shift", "tsm"])
+def test_clips_of_another_length_before_backward(module):
+    x, grads = torch.randn(8, 3, 6, 5, dtype=torch.float64), []
+    for fast in (True, False):
+        model = te.set_fast(network(module), fast)
+        loss = model(x).square().sum()
+        te.set_n_segment(model, 2)
+        loss = loss + model(x).square().sum()
+        te.set_n_segment(model, 8)
+        grads.append(torch.autograd.grad(loss, list(model.parameters())))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9 * max(1, b.abs().max()))
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("module", ["action", "me", "tea_me", "shift"])
+def test_hooks_of_tensors_run_once(module, create_graph):
+    x, grads = torch.randn(8, 3, 6, 5, dtype=torch.float64), []
+    for fast in (True, False):
+        model = te.set_fast(network(module), fast)
+        model[0].register_forward_hook(lambda layer, args, y: y.register_hook(lambda grad: 3 * grad) and None)
+        for parameter in model.parameters():
+            parameter.register_hook(lambda grad: 2 * grad)
+        loss = model(x).square().sum()
+        found = torch.autograd.grad(loss, list(model.parameters()), create_graph=create_graph)
+        grads.append([g.detach() for g in found])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9 * max(1, b.abs().max()))
+
+
+def test_the_module_is_left_alone_while_a_copy_runs_again(monkeypatch):
+    """Other threads may use it meanwhile."""
+    model, ran = network("me", placement="loc1"), []
+    monkeypatch.setattr(
+        te.ME, "gate", lambda self, x, gate=te.ME.gate: ran.append((self, self.norm)) or gate(self, x)
+    )
+    model(torch.randn(8, 3, 6, 5, dtype=torch.float64)).sum().backward()
+    own = [(m.me, m.me.norm) for m in model.modules() if isinstance(m, te.ActionModule)]
+    assert ran[:2] == own
+    assert len(ran) == 4 and not {id(m) for pair in ran[2:] for m in pair} & {id(m) for m in model.modules()}
+    assert {norm.num_batches_tracked.item() for _, norm in own} == {1}
+
+
+class Adapted(nn.Module):
+    """A layer with something random beside it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.dropout = layer, nn.Dropout()
+
+    def forward(self, x):
+        return self.layer(x) + self.dropout(x).mean(1, keepdim=True)
+
+
+def adapted(model):
+    for module in [m for m in model.modules() if isinstance(m, te.ME | te.CE)]:
+        module.squeeze, module.expand = Adapted(module.squeeze), Adapted(module.expand)
+
+
+def normed(model):
+    for module in (m for m in model.modules() if isinstance(m, te.ActionModule)):
+        nn.utils.parametrizations.spectral_norm(module.me.squeeze)
+
+
+def listened(model):
+    for module in (m for m in model.modules() if isinstance(m, te.ActionModule)):
+        for layer in (module.me.squeeze, module.ce.squeeze, module.ce.expand, module.me.transform):
+            layer.register_forward_hook(lambda layer, args, y: y + torch.rand(1))
+
+
+@pytest.mark.parametrize("change", [adapted, normed, listened])
+def test_parts_that_differ_when_run_again(change):
+    x, found = torch.randn(8, 3, 6, 5, dtype=torch.float64), []
+    for fast in (True, False):
+        model = te.set_fast(network(channels=16), fast)
+        change(model)
+        torch.manual_seed(1)
+        found.append(gradients(model.double(), x))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9 * max(1, b.abs().max()))
+
+
+def pruned(layer):
+    prune.l1_unstructured(layer, "weight", 0.3)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+@pytest.mark.parametrize("change", [pruned, nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+@pytest.mark.parametrize("module", ["ste", "ce", "me", "action", "te", "tea_me"])
+def test_weights_made_at_each_call(module, change):
+    x, found = torch.randn(8, 3, 6, 5, dtype=torch.float64), []
+
+    def build(fast):
+        model = te.set_fast(network(module), fast)
+        for part in list(model.modules()):
+            if isinstance(part, nn.Conv1d | nn.Conv2d | nn.Linear | te.STE):
+                change(part)
+        return model
+
+    for fast in (True, False):
+        model = build(fast)
+        optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        other = build(fast)
+        other.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            found.append([other.eval()(x), *model.state_dict().values()])
+            assert torch.equal(found[-1][0], model.eval()(x))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9 * max(1, b.abs().max()))
 
 
 def test_what_hooks_make_of_the_input_counts():

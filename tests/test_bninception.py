@@ -135,6 +135,14 @@ def test_channels_last_and_train_mode():
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
+def test_reset_classifier_without_pool():
+    model = tiny().eval()
+    model.reset_classifier(0, "")
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 1024, 2, 2)
+    model.reset_classifier(5, "avg")
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 5)
+
+
 def test_released_batch_norm_momentum():
     norms = [m for m in tiny().modules() if isinstance(m, nn.BatchNorm2d)]
     assert {m.momentum for m in norms} == {0.9}

@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import math
 import pickle
@@ -33,6 +34,19 @@ def test_published_networks(backbone, module, classes, fvcore, paper, parameters
     assert f"{found['fvcore'].flops / 1e9:.3f}" == f"{fvcore:.3f}"
     assert f"{found['paper'].flops / 1e9:.4f}" == f"{paper:.4f}"
     assert {f"{c.parameters / 1e6:.3f}" for c in found.values()} == {f"{parameters:.3f}"}
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.device("meta")])
+def test_whatever_the_default_kind_of_tensors(kind):
+    model = network(module="tsm")
+    expected = te.count(model, (8, 3, 32, 32))
+    with torch.device("meta") if isinstance(kind, torch.device) else contextlib.nullcontext():
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(before if isinstance(kind, torch.device) else kind)
+        try:
+            assert te.count(model, (8, 3, 32, 32)) == expected
+        finally:
+            torch.set_default_dtype(before)
 
 
 def test_every_operation_by_hand():

@@ -267,6 +267,13 @@ def test_compile_and_export(module, causal):
         torch.testing.assert_close(exported(x), model(x))
 
 
+def test_export_where_another_device_is_the_default():
+    model, x = te.inject(build(), "shift", n_segment=T).eval(), frames()
+    with torch.device("meta"):
+        program = torch.export.export(model, (x,))
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # a trace is of one size of frames
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("module", [*MODULES, "te"])
@@ -320,6 +327,15 @@ def test_networks_of_one_class_compile_apart(part):
         torch.testing.assert_close(compiled(x), network(x))
 
 
+class Unmovable(te.STE):
+    """Behind the first stage it holds a tensor without memory."""
+
+    def __init__(self, channels):
+        super().__init__(channels, T)
+        if channels > 64:
+            self.register_buffer("nothing", torch.empty(1, device="meta"))
+
+
 BAD = [
     (dict(module="acton"), ValueError, "unknown module 'acton'; known modules: action, ce, me"),
     (dict(module=3), TypeError, "got 3"),
@@ -334,6 +350,12 @@ BAD = [
     (dict(reduction=0), ValueError, "reduction must be at least 1, got 0"),
     (dict(reductions=4), TypeError, "reductions"),
     (dict(module="tsm", identity_start=True), TypeError, "identity_start"),
+    (
+        dict(module=lambda channels, n_segment: te.STE(channels) if channels < 128 else None),
+        TypeError,
+        r"gave None for layer2\.1, not a torch\.nn\.Module",
+    ),
+    (dict(module=lambda channels, n_segment: Unmovable(channels)), NotImplementedError, "meta"),
 ]
 
 

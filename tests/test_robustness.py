@@ -20,6 +20,7 @@ from timm.models._manipulate import group_with_matcher
 from timm.utils import ModelEmaV3, reparameterize_model
 from timm.utils.model import freeze
 from torch import nn
+from torch.ao.quantization import fuse_modules
 
 import temporal_excite as te
 
@@ -240,6 +241,31 @@ def test_converting_the_batch_norm_a_module_follows_is_an_error():
     freeze(model, "layer1")  # makes frozen batch norms, without the hooks
     with pytest.raises(RuntimeError, match="took the place of the batch norm 'bn2'"):
         model(x)
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)  # now the others too
+    keys = set(timm.create_model("resnet18").state_dict())
+    assert not te.sites(model)
+    with pytest.raises(RuntimeError, match=r"what is left of temporal modules .*eject\(model\) first"):
+        te.inject(model, "tsm", T)
+    te.inject(te.eject(model), "tsm", T)(x)
+    assert set(model.state_dict()) <= keys
+    with pytest.raises(RuntimeError, match="nothing to eject"):
+        te.eject(te.eject(model))
+
+
+@pytest.mark.parametrize("module", ["tsm", "action", "te"])
+def test_fused_layers_run_their_module_once(module):
+    model = te.inject(timm.create_model("resnet18", num_classes=5), module, n_segment=T).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "bn" in name:
+                parameter.uniform_(0.5, 1.5)
+    layers = [f"layer{i}.{j}" for i in (1, 2, 3, 4) for j in (0, 1)]
+    pairs = [[f"{name}.conv{k}", f"{name}.bn{k}"] for name in layers for k in (1, 2)]
+    fused, x = fuse_modules(model, pairs), torch.randn(T, 3, 32, 32)
+    assert [site.layer for site in te.sites(fused)] == [site.layer for site in te.sites(model)]
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-3, atol=1e-4)
+    assert not te.sites(te.eject(fused))
 
 
 def test_one_frame_acts_as_an_image_model():

@@ -122,6 +122,21 @@ def test_between_relus_a_result_is_final():
         result.sum().backward()
 
 
+@pytest.mark.parametrize("layer", ["bn1", "bn1.temporal"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_result_that_hooks_change_is_rectified(layer, mode):
+    outputs = []
+    for fast in (True, False):
+        torch.manual_seed(0)
+        model = timm.create_model("res2net50_26w_4s", num_classes=5, zero_init_last=False)
+        te.inject(model, "tea", n_segment=4).eval()
+        if layer == "bn1" or mode is torch.no_grad:
+            model.layer1[1].get_submodule(layer).register_forward_hook(lambda layer, args, y: y.sub_(1))
+        with mode():
+            outputs.append(te.set_fast(model, fast)(torch.randn(4, 3, 32, 32)))
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4 * outputs[1].abs().max().item())
+
+
 def test_gates_stay_positive():
     """The factor of ME is within (1/2, 3/2), of Eq. 4 within (0, 2): a ReLU behind ME changes nothing."""
     torch.manual_seed(0)

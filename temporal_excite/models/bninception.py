@@ -188,7 +188,9 @@ class BNInception(nn.Module):
         self.num_classes = num_classes
         like = self.conv1.conv.weight
         self.global_pool, self.fc = create_classifier(
-            self.num_features, num_classes, pool_type=global_pool or self.global_pool.pool_type
+            self.num_features,
+            num_classes,
+            pool_type=self.global_pool.pool_type if global_pool is None else global_pool,
         )
         self.fc.to(like.device, like.dtype).train(self.training)
 

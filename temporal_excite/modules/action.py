@@ -25,11 +25,13 @@ from ..ops import (
     pointwise,
     positive_int,
     previous,
+    read_as_called,
     spatial_mean,
     squeeze,
     step_ahead,
     to_clips,
     traced,
+    weight_of,
 )
 from .base import TemporalModule
 from .registry import register_module
@@ -58,7 +60,7 @@ class Excitation(TemporalModule):
         self.check(x)
         if not self.fast:
             return x * _combine([self.gate(x)], self.identity_start).to(x.dtype)
-        return passes.recompute(self._excite, x, self)
+        return passes.recompute(self._excite, x)
 
     def _excite(self, x: Tensor) -> Tensor:
         return passes.gate(x, _combine([self.gate(x)], self.identity_start))
@@ -89,7 +91,7 @@ class STE(Excitation):
     def gate(self, x: Tensor) -> Tensor:
         with full_precision(x) if self.fast else nullcontext():
             mean = channel_mean(x) if self.fast else x.mean(dim=1, keepdim=True)
-            weight = self.weight.to(mean.dtype)
+            weight = weight_of(self).to(mean.dtype)
             if self.fast and not self.causal and not traced():  # a graph keeps the batch one symbol
                 clips = to_clips(mean, self.n_segment).transpose(1, 2)
                 return F.conv3d(clips, weight[None], padding=1).sigmoid().view_as(mean)
@@ -139,8 +141,8 @@ class CE(Excitation):
 
     def gate_of_mean(self, mean: Tensor) -> Tensor:
         """The mask for frames whose spatial mean is ``mean``, ``(N*T, C)``; to be called without autocast."""
-        pooled = pointwise(self.squeeze, mean.to(self.squeeze.weight.dtype))
-        mixed = apply_taps(self.tap_frames(pooled, "squeezed"), self.temporal.weight)
+        pooled = pointwise(self.squeeze, mean)
+        mixed = apply_taps(self.tap_frames(pooled, "squeezed"), weight_of(self.temporal))
         return pointwise(self.expand, self.act(mixed)).sigmoid()[..., None, None]
 
 
@@ -187,7 +189,7 @@ class ME(Excitation):
 
     def gate_of_motion(self, motion: Tensor) -> Tensor:
         """The mask for the pooled motion F; to be called without autocast."""
-        return pointwise(self.expand, motion.to(self.expand.weight.dtype)).sigmoid()[..., None, None]
+        return pointwise(self.expand, motion).sigmoid()[..., None, None]
 
     def motion(self, x: Tensor) -> Tensor:
         """The pooled motion F, ``(N*T, squeezed)``."""
@@ -201,7 +203,7 @@ class ME(Excitation):
     def motion_of_squeezed(self, squeezed: Tensor) -> Tensor:
         """The pooled motion F of ``squeeze(x)``."""
         features = self.norm(squeezed)
-        if self.fast and type(self.transform) is nn.Conv2d:
+        if self.fast and read_as_called(self.transform):
             with full_precision(squeezed):
                 return self._motion_of_features(passes.nine_means(features), *squeezed.shape[2:])
         if self.causal:
@@ -214,8 +216,8 @@ class ME(Excitation):
     def linear(self) -> bool:
         """Whether everything before the sigmoid is linear: the batch norm's statistics are fixed."""
         return (
-            type(self.squeeze) is nn.Conv2d
-            and type(self.transform) is nn.Conv2d
+            read_as_called(self.squeeze)
+            and read_as_called(self.transform)
             and (isinstance(self.norm, nn.Identity) or _is_affine(self.norm))
         )
 
@@ -309,7 +311,7 @@ class ActionModule(TemporalModule):
             y = self.shift(x)
             gates = [getattr(self, path).gate(y) for path in self.paths]
             return y * _combine(gates, self.identity_start).to(x.dtype)
-        return passes.recompute(self._excite, x, self)
+        return passes.recompute(self._excite, x)
 
     def _excite(self, x: Tensor) -> Tensor:
         y = self.shift(x)

@@ -58,7 +58,6 @@ class MotionExcitation(ME):
         return self.gate_of_motion(self.motion(x))
 
     def gate_of_motion(self, motion: Tensor) -> Tensor:
-        motion = motion.to(self.expand.weight.dtype)
         gate = self.norm2(pointwise(self.expand, motion)[..., None, None]).sigmoid() - 0.5
         return gate if self.form == "released" else 2 * gate
 
