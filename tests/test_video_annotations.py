@@ -123,6 +123,7 @@ def test_sthv2(tmp_path):
             "4: unknown class 'Eating something'",
         ),
         (f"[{one}, {one},\n" + '{"id": "5"}]', r"2: no label \(a test split without labels\?\)"),
+        (f'[{one},\n{{"id": null, "template": "Holding [something]"}}]', "2: a video without 'id'"),
         (f"[\n{one},\n7]", "3: a video without 'id': 7"),
         (f"[\n{one},\n{one}", "3: not valid JSON: Expecting ',' delimiter"),
         ('{"id": 5}', "1: expected a list of videos, got a dict"),
@@ -153,6 +154,8 @@ def test_egogesture(tmp_path):
         ("3,9,1\n", "1: frames 9 to 1"),
         ("3,1\n", "1: expected 'class, start, end', got '3,1'"),
         ("3,1,nan\n", "1: expected 'class, start, end'"),
+        ("3,1,inf\n", "1: expected 'class, start, end'"),
+        ("3.5,1,9\n", "1: the class must be a whole number, got '3.5'"),
     ):
         write(train, text)
         with pytest.raises(AnnotationError, match=f"Group1.csv:{problem}"):

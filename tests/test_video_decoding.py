@@ -3,6 +3,7 @@ import pickle
 import av
 import numpy as np
 import pytest
+from torch._utils import ExceptionWrapper
 from video_clips import (
     decode_all,
     hide_frame,
@@ -14,7 +15,7 @@ from video_clips import (
     write_video,
 )
 
-from temporal_excite.video import FrameCountError, VideoError, decoding, open_frames, read_frames
+from temporal_excite.video import FrameCountError, VideoError, decoding, open_frames, play, read_frames
 from temporal_excite.video.decoding import VideoFile
 
 UNEVEN = [sum([1, 4, 9, 2, 30][k % 5] for k in range(i)) for i in range(40)]  # variable frame rate
@@ -136,9 +137,13 @@ def test_broken_folders_are_named(tmp_path):
         assert len(read_frames(folder, [0, 1, 3, 4, 5])) == 5
         with pytest.raises(VideoError, match=f"{name}/00003.jpg: not a readable picture"):
             read_frames(folder, [2])
-    mixed = write_folder(tmp_path / "mixed", 3)
     from PIL import Image
 
+    deep = write_folder(tmp_path / "deep", 3, "{:d}.png")
+    Image.fromarray(np.full((48, 64), 40_000, np.uint16)).save(deep / "2.png")
+    with pytest.raises(VideoError, match=r"deep/2\.png: a grey picture of more than 8 bits: convert"):
+        read_frames(deep, [1])
+    mixed = write_folder(tmp_path / "mixed", 3)
     Image.fromarray(picture(0, 24, 32)).save(mixed / "00002.jpg")
     with pytest.raises(VideoError, match="mixed: frames of different sizes"):
         read_frames(mixed, [0, 1])
@@ -189,6 +194,14 @@ def test_a_file_cut_short_gives_its_frames_or_an_error(tmp_path):
             assert np.array_equal(got[i].permute(1, 2, 0).numpy(), reference[i])
 
 
+def test_names_with_colons_are_no_protocols(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write_video(tmp_path / "12:30:05.avi", 5, options={"bf": "3"})
+    assert len(read_frames(path.name, range(5))) == 5
+    with play(path.name) as frames:
+        assert len(list(frames)) == 5
+
+
 def test_index_errors_name_the_range(tmp_path):
     folder = write_folder(tmp_path / "clip", 4)
     for index in (4, -1):
@@ -197,9 +210,12 @@ def test_index_errors_name_the_range(tmp_path):
 
 
 def test_errors_cross_process_borders(tmp_path):
-    for error in (VideoError(tmp_path, "broken"), FrameCountError(tmp_path, 5, 3)):
+    for error in (VideoError(tmp_path, "broken"), VideoError("all"), FrameCountError(tmp_path, 5, 3)):
         again = pickle.loads(pickle.dumps(error))
         assert type(again) is type(error) and str(again) == str(error) and vars(again) == vars(error)
+    # as a DataLoader gives a worker's error on
+    with pytest.raises(VideoError, match=f"(?s)worker process 0.*{tmp_path}: broken"):
+        ExceptionWrapper((VideoError, VideoError(tmp_path, "broken"), None), "in worker process 0").reraise()
 
 
 @pytest.mark.parametrize("sought", [True, False])

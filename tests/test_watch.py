@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import signal
 from pathlib import Path
 
 import av
@@ -86,6 +88,14 @@ def test_play_gives_what_decoding_gives(tmp_path):
             assert number_of(f.picture.permute(1, 2, 0).numpy()) == f.index
             assert f.time == pytest.approx(f.index / 10)
     assert f.index == 11
+
+
+def test_time_of_avi_with_b_frames(tmp_path):
+    video = write_video(tmp_path / "a.avi", 12, options={"bf": "3", "x264-params": "b-adapt=0"})
+    with play(video) as frames:
+        got = list(frames)
+    assert [number_of(f.picture.permute(1, 2, 0).numpy()) for f in got] == list(range(12))
+    assert [f.time for f in got] == pytest.approx([i / 25 for i in range(12)])
 
 
 def test_play_refuses(tmp_path):
@@ -219,16 +229,18 @@ def test_overlay(causal, clip, tmp_path, capsys):
     assert times == pytest.approx([i / 25 for i in range(FRAMES)], abs=1e-3)
 
 
-def test_overlay_of_odd_size(causal, tmp_path, capsys):
+def test_overlay_of_odd_size(causal, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "odd"
     folder.mkdir()
     for i in range(2):
         Image.fromarray(picture(i, 49, 65)).save(folder / f"{i}.png")
-    watch(capsys, causal, folder, "--overlay", tmp_path / "odd.mov")
+    monkeypatch.chdir(tmp_path)
+    watch(capsys, causal, folder, "--overlay", "1:2.mov")
+    (tmp_path / "1:2.mov").rename(tmp_path / "odd.mov")
     assert decode_all(tmp_path / "odd.mov")[1].shape == (48, 64, 3)
 
 
-@pytest.mark.parametrize("error", ["picture", "interrupt"])
+@pytest.mark.parametrize("error", ["picture", "interrupt", "terminate"])
 def test_overlay_is_whole_after_an_error(causal, clip, tmp_path, capsys, error, monkeypatch):
     folder = write_folder(tmp_path / "frames", 6)
     base = ["watch", str(causal), str(folder), "--overlay", str(tmp_path / "o.mp4")]
@@ -240,11 +252,16 @@ def test_overlay_is_whole_after_an_error(causal, clip, tmp_path, capsys, error, 
 
         def interrupted(self, indices):
             if indices == [3]:
-                raise KeyboardInterrupt
+                os.kill(os.getpid(), signal.SIGINT if error == "interrupt" else signal.SIGTERM)
             return read(self, indices)
 
         monkeypatch.setattr(playing.FrameFolder, "read", interrupted)
-        assert main(base) == 130
+        if error == "interrupt":
+            assert main(base) == 130
+        else:
+            with pytest.raises(SystemExit) as end:
+                main(base)
+            assert end.value.code == 143 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
         assert capsys.readouterr().err.startswith("3 frames, ")
     assert len(decode_all(tmp_path / "o.mp4")) == 3
 

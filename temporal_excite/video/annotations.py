@@ -310,7 +310,7 @@ def _sthv2(source: _Source) -> _Result:
         raise source.error(1, f"expected a list of videos, got a {type(content).__name__}")
     records = []
     for i, item in enumerate(content):
-        if not isinstance(item, dict) or "id" not in item:
+        if not isinstance(item, dict) or item.get("id") is None:
             raise source.error(_json_line(source.path, i), f"a video without 'id': {item!r}")
         # the label is the template without the brackets around its placeholders
         name = str(item.get("template") or "").replace("[", "").replace("]", "")
@@ -347,8 +347,10 @@ def _egogesture(source: _Source) -> _Result:
                 continue  # the official files hold some gestures without frame numbers
             try:
                 label, start, end = (int(float(word)) for word in words)
-            except ValueError:
+            except (ValueError, OverflowError):
                 raise AnnotationError(file, line, f"expected 'class, start, end', got {text!r}") from None
+            if label != float(words[0]):
+                raise AnnotationError(file, line, f"the class must be a whole number, got {words[0]!r}")
             if not 1 <= label <= len(names):
                 raise AnnotationError(
                     file, line, f"class {label} out of range, classes are 1 .. {len(names)}"

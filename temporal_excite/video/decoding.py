@@ -13,21 +13,28 @@ import torch
 from torch import Tensor
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-VIDEOS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv")
+VIDEOS = (
+    *(".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv"),
+    *(".m2ts", ".mts", ".3gp", ".ogv"),
+)
 _NOT_CODED = 16  # bytes; an MPEG-4 packet that only says "as before" ("VOP not coded") has 5 to 15
 _NUMBERED = re.compile(r"(.*?)(\d+)(\.\w+)")
 
 
 class VideoError(RuntimeError):
-    """A video that cannot be read; the message starts with its path."""
+    """A video that cannot be read; the message starts with its path.
 
-    def __init__(self, path: Path, problem: str) -> None:
-        super().__init__(f"{path}: {problem}")
-        self.path = path
-        self.problem = problem
+    Raised in a worker of a DataLoader, it is built anew from one string, the worker's traceback: ``path`` is
+    then None and ``problem`` that string.
+    """
+
+    def __init__(self, path: Path | str, problem: str | None = None) -> None:
+        super().__init__(str(path) if problem is None else f"{path}: {problem}")
+        self.path = None if problem is None else Path(path)
+        self.problem = str(path) if problem is None else problem
 
     def __reduce__(self) -> tuple[Any, ...]:  # the error crosses process borders
-        return type(self), (self.path, self.problem)
+        return type(self), (self.problem,) if self.path is None else (self.path, self.problem)
 
 
 class FrameCountError(VideoError):
@@ -158,6 +165,8 @@ class FrameFolder:
             file = self.path / self.names[i]
             try:
                 with Image.open(file) as image:
+                    if image.mode.startswith("I"):  # would be cut off at 255
+                        raise VideoError(file, "a grey picture of more than 8 bits: convert it to 8 bits")
                     pictures[i] = np.asarray(image.convert("RGB"))
             except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
                 raise VideoError(file, f"not a readable picture: {error}") from error
@@ -186,7 +195,7 @@ class VideoFile:
         # one for all frames: setting up a conversion costs ten times the conversion
         self._reformatter = av.video.reformatter.VideoReformatter()
         try:
-            self._container = av.open(str(path))
+            self._container = av.open(str(self.path.absolute()))  # "12:30.mp4" would be of the protocol 12
         except (av.FFmpegError, OSError, ValueError) as error:
             raise VideoError(self.path, f"not a readable video: {error}") from error
         try:
@@ -309,7 +318,7 @@ class VideoFile:
         pictures: dict[int, np.ndarray] = {}
         targets = set(wanted)
         count = 0
-        with self._av.open(str(self.path)) as container:
+        with self._av.open(str(self.path.absolute())) as container:
             stream = container.streams[self._stream.index]
             stream.codec_context.thread_type = "NONE"
             for frame in container.decode(stream):

@@ -26,7 +26,7 @@ class Frame:
     index: int
     """Counted from 0."""
     time: float
-    """Seconds since the first frame, from the time stamps."""
+    """Seconds since the first frame, from the time stamps, or where there are none from the rate."""
     picture: Tensor
     """``(3, H, W)`` uint8, RGB."""
 
@@ -88,13 +88,15 @@ class FilePlayer:
         self._av = av
         self._reformatter = av.video.reformatter.VideoReformatter()
         try:
-            self._container = av.open(str(path) if file is None else file, format=format)
+            self._container = av.open(str(path.absolute()) if file is None else file, format=format)
         except (av.FFmpegError, OSError, ValueError) as error:
             raise VideoError(path, f"not a readable video: {error}") from error
         self._stream = self._container.streams.best("video")
         if self._stream is None:
             self._container.close()
             raise VideoError(path, "holds no video stream")
+        # AVI stores no time stamps: those given are guesses where display order is not that of decoding
+        self._guessed = "avi" in self._container.format.name and self._stream.codec_context.has_b_frames
         rate = Fraction(self._stream.average_rate or 0).limit_denominator(1001)
         self.rate = rate or Fraction(fps).limit_denominator(1001)
 
@@ -120,7 +122,8 @@ class FilePlayer:
                         if frame.is_corrupt:
                             raise VideoError(self.path, f"frame {count} is corrupt")
                         picture = to_rgb(frame, self._reformatter)
-                        yield frame.time, torch.from_numpy(picture.copy()).permute(2, 0, 1)
+                        time = None if self._guessed else frame.time
+                        yield time, torch.from_numpy(picture.copy()).permute(2, 0, 1)
                         count, broken = count + 1, 0
                 except (self._av.error.InvalidDataError, VideoError):
                     broken += 1
@@ -139,7 +142,7 @@ class CameraPlayer:
         try:
             self._player = FilePlayer(Path(file), fps, file, format, patience=_PATIENCE)
         except VideoError as error:
-            raise VideoError(error.path, f"no camera {number}: {error.problem}") from error
+            raise VideoError(Path(file), f"no camera {number}: {error.problem}") from error
         self.rate = self._player.rate
         self._box: queue.Queue[Frame | BaseException | None] = queue.Queue(1)
         self._stop = threading.Event()

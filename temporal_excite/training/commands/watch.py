@@ -2,20 +2,23 @@
 
 import argparse
 import json
+import signal
 import statistics
 import sys
+import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from ...video import play
+from ..distributed import choose_device
 from ..recognizer import Recognizer
 from . import add_device_argument
 
@@ -26,7 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """The arguments."""
     parser.epilog = (
         "A line a frame: its time, the milliseconds from decoded frame to labels, and the best classes by "
-        "the softmax of the logits averaged over the window. Ctrl-C ends."
+        "the softmax of the logits averaged over the window. Ctrl-C or SIGTERM ends."
     )
     parser.add_argument(
         "checkpoint", help="best.pt of a run, a save_pretrained() folder, or hf-hub:owner/name, causal"
@@ -61,12 +64,16 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
     if args.overlay is not None:
         _check_overlay(args.overlay, args.source)
-    recognizer = Recognizer.from_checkpoint(args.checkpoint, args.device or "cpu")
+    recognizer = Recognizer.from_checkpoint(args.checkpoint, choose_device(args.device))
     window = recognizer.config.n_segment if args.window is None else args.window
     live = recognizer.live(window or None)
     spent: list[float] = []
     try:
-        with play(args.source, args.fps) as video, _Overlay(args.overlay, video.rate) as overlay:
+        with (
+            _sigterm_ends(),
+            play(args.source, args.fps) as video,
+            _Overlay(args.overlay, video.rate) as overlay,
+        ):
             due, lines = 0, [""]
             for frame in video:
                 if frame.index >= due:
@@ -83,11 +90,28 @@ def run(args: argparse.Namespace) -> int:
                         print(f"{frame.time:9.2f} s {spent[-1]:7.1f} ms {shown}", flush=True)
                     lines = [f"{100 * p.score:3.0f} %  {p.label}" for p in best]
                 overlay.write(frame.picture, frame.time, [*lines, f"{frame.time:.2f} s  {spent[-1]:.0f} ms"])
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         _summarise(spent)
         raise
     _summarise(spent)
     return 0
+
+
+@contextmanager
+def _sigterm_ends() -> Iterator[None]:
+    """While the block runs SIGTERM ends it as an exception, so that the overlay is closed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _summarise(ms: Sequence[float]) -> None:
@@ -142,7 +166,7 @@ class _Overlay:
         image = _with_text(picture, lines)
         try:
             if self._container is None:
-                self._open(image.shape[0], image.shape[1])
+                self._open(self.path, *image.shape[:2])
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             # milliseconds, which must grow
             self._last = frame.pts = max(self._last + 1, round(1000 * seconds))
@@ -151,10 +175,10 @@ class _Overlay:
         except _errors() as error:
             raise self._failed(error) from error
 
-    def _open(self, height: int, width: int) -> None:
+    def _open(self, path: Path, height: int, width: int) -> None:
         import av
 
-        container = av.open(str(self.path), "w")
+        container = av.open(str(path.absolute()), "w")
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
         self._stream = container.add_stream(codec, rate=self.rate)
         self._stream.height, self._stream.width, self._stream.pix_fmt = height, width, "yuv420p"
