@@ -274,7 +274,6 @@ def recipe(steps: int, batch: int, steps_per_epoch: int) -> Recipe:
         clip_grad=None,
         bias_lr=1.0,
         head_lr=1.0,
-        flip=False,
         short_side=SIDE,
         crop=SIDE,
     )

@@ -1,6 +1,7 @@
 """From a network on frames to a classifier of clips."""
 
 import inspect
+from collections.abc import Sequence
 
 from einops import rearrange, reduce
 from torch import Tensor, nn
@@ -92,7 +93,8 @@ class VideoClassifier(nn.Module):
         return head(features)
 
     def reset_head(self, num_classes: int, std: float = 0.001) -> None:
-        """A new last layer as the released code starts it: weights N(0, ``std``), bias 0.
+        """A new last layer (or layers, one of each head) as the released code starts it: weights N(0,
+        ``std``), bias 0.
 
         Raises:
             ValueError: ``num_classes`` is below 1, or the model has no ``reset_classifier``.
@@ -102,12 +104,30 @@ class VideoClassifier(nn.Module):
             raise ValueError(f"{type(self.model).__name__} has no reset_classifier as timm's models have")
         self.model.reset_classifier(num_classes)  # type: ignore[operator]
         like = next(self.model.parameters())
-        head: nn.Module = self.model.get_classifier()  # type: ignore[operator]
-        for layer in head.to(like.device, like.dtype).modules():
-            if isinstance(layer, nn.Linear | nn.Conv2d):
-                nn.init.normal_(layer.weight, std=std)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
+        for head in _heads(self.model):
+            head.to(like.device, like.dtype)
+        for layer in class_layers(self.model):
+            nn.init.normal_(layer.weight, std=std)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def class_layers(model: nn.Module) -> list[nn.Linear | nn.Conv2d]:
+    """The last layers of a timm model, those that give the classes' logits: one, or one of each of several
+    heads; in a head of several layers the last."""
+    layers = []
+    for head in _heads(model):
+        if isinstance(head, nn.Linear | nn.Conv2d):
+            layers.append(head)
+        for module in head.modules():
+            own = [layer for layer in module.children() if isinstance(layer, nn.Linear | nn.Conv2d)]
+            layers += [layer for layer in own[-1:] if layer.weight.shape[0] == model.num_classes]
+    return layers
+
+
+def _heads(model: nn.Module) -> Sequence[nn.Module]:
+    heads = model.get_classifier()  # type: ignore[operator]
+    return heads if isinstance(heads, tuple | list) else [heads]
 
 
 def _as_frames(x: Tensor, segments: int) -> Tensor:

@@ -7,6 +7,7 @@ imported only when it is called.
 import argparse
 import importlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -43,7 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, RuntimeError, ArithmeticError, ImportError) as error:
         if args.traceback:
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = str(error)
+        if re.match(r"Caught \w+ in DataLoader worker process", message):  # with the worker's traceback
+            message = re.sub(r"^[\w.]+: ", "", message.strip().splitlines()[-1])
+        message = " ".join(message.split()) or type(error).__name__
         print(f"temporal-excite {args.command}: error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

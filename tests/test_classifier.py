@@ -203,6 +203,10 @@ def test_reset_head():
     assert video.eval()(clips().double()).shape == (2, 1000)
     with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
         video.reset_head(0)
+    several = te.VideoClassifier(timm.create_model("efficientformerv2_s0"), 2, dropout=0).double()
+    several.reset_head(3)
+    for head in several.model.get_classifier():
+        assert head.weight.dtype == torch.float64 and head.weight.std() < 0.002
 
 
 def test_deepcopy_pickle_and_ema():

@@ -1,8 +1,10 @@
 """The command line, end to end on generated frame folders, and the recogniser."""
 
+import argparse
 import csv
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +16,17 @@ import torch
 from PIL import Image
 
 from temporal_excite.cli import COMMANDS, main
-from temporal_excite.training import ModelConfig, build_model, read_checkpoint, read_log, save_checkpoint
+from temporal_excite.training import (
+    ModelConfig,
+    build_model,
+    get_recipe,
+    read_checkpoint,
+    read_log,
+    save_checkpoint,
+)
 from temporal_excite.training.checkpoint import CheckpointError
+from temporal_excite.training.commands.train import _changed, configure
+from temporal_excite.training.evaluate import video_scores
 from temporal_excite.training.recognizer import Recognizer
 
 SMALL = [
@@ -73,6 +84,16 @@ def test_from_scratch_the_last_layer_starts_large_enough_to_learn(data, tmp_path
     assert 0.03 < float(weights["model.fc.weight"].std()) < 0.07
 
 
+@pytest.mark.parametrize(
+    ("epochs", "milestones"), [(1, (1,)), (2, (1, 2)), (3, (1, 2)), (15, (5, 10, 12)), (60, (20, 40, 50))]
+)
+def test_milestones_move_with_the_epochs(epochs, milestones):
+    parser = argparse.ArgumentParser()
+    configure(parser)
+    args = parser.parse_args(["--recipe=jester", "--data=x", "--output=x", "--epochs", str(epochs)])
+    assert _changed(get_recipe("jester"), args).milestones == milestones
+
+
 def test_resume_of_a_finished_run_changes_nothing(trained, data):
     before = (trained / "last.pt").read_bytes()
     arguments = ["train", "--recipe", "jester", "--data", str(data), "--format", "folder", "--epochs", "3"]
@@ -82,11 +103,22 @@ def test_resume_of_a_finished_run_changes_nothing(trained, data):
 
 
 @pytest.mark.parametrize(("protocol", "views"), [("1x1", 1), ("3x2", 6)])
-def test_evaluate(trained, data, tmp_path, capsys, protocol, views):
+def test_evaluate(trained, data, tmp_path, capsys, monkeypatch, protocol, views):
+    module, read = sys.modules["temporal_excite.training.evaluate"], []
+
+    def scores(model, clips, limit):
+        read.append(len(clips))
+        return video_scores(model, clips, limit)
+
+    monkeypatch.setattr(module, "video_scores", scores)
     output = tmp_path / "out"
+    output.mkdir()
+    (output / "notes.txt").write_text("of another")
     arguments = ["evaluate", trained / "best.pt", "--data", data, "--protocol", protocol, "--output", output]
     assert main([str(a) for a in (*arguments, "--workers", 0, "--no-progress", "--device", "cpu")]) == 0
     shown = capsys.readouterr().out
+    assert read == ([4] if views == 1 else [2, 2])  # 16 clips at most
+    assert f"wrote confusion.png, predictions.csv, result.json to {output}" in shown
     result = json.loads((output / "result.json").read_text())
     assert f"Top-1 {result['top1']:.2f} %" in shown and f"x {views} = " in shown
     assert result["gflops_per_video"] == pytest.approx(views * result["gflops_per_view"])
@@ -102,6 +134,36 @@ def test_evaluate(trained, data, tmp_path, capsys, protocol, views):
     assert result["top1"] == 100 * right / 4
     assert all(float(r["score1"]) + float(r["score2"]) == pytest.approx(1, abs=1e-5) for r in rows)
     assert Image.open(output / "confusion.png").size[0] > 200
+
+
+def test_evaluate_on_a_list(trained, data, tmp_path, capsys):
+    """Its labels.txt counts, and parts of one video are told apart."""
+    bright, dark = (data / "val" / name / "v0" for name in ("bright", "dark"))
+    for subset in ("val", "other"):
+        (tmp_path / subset).mkdir()
+        lines = [f"{bright} 1 2 0", f"{bright} 1 3 0", f"{dark} 1 3 1"]
+        (tmp_path / subset / "val.txt").write_text("\n".join(lines))
+    (tmp_path / "other" / "labels.txt").write_text("dark\nbright\n")
+    base = ["evaluate", trained / "best.pt", "--format", "tsn", "--workers", 0, "--no-progress", "--data"]
+    assert "others ('bright', ..)" in fails(capsys, *base, tmp_path / "other")
+    assert main([str(a) for a in (*base, tmp_path / "val", "--output", tmp_path / "out")]) == 0
+    with (tmp_path / "out" / "predictions.csv").open() as file:
+        names = [row["video"] for row in csv.DictReader(file)]
+    assert names == [f"{bright} 1-2", f"{bright} 1-3", str(dark)]
+
+
+@pytest.mark.parametrize("command", ["predict", "watch", "explain"])
+def test_the_default_device_is_cuda_where_there_is_one(command, monkeypatch, capsys, tmp_path):
+    def load(source, device):
+        raise ValueError(f"on {device}")
+
+    monkeypatch.setattr(Recognizer, "from_checkpoint", load)
+    arguments = [command, "x.pt", "x.mp4", *(("--out", tmp_path) if command == "explain" else ())]
+    assert fails(capsys, *arguments, "--device", "cpu").endswith("error: on cpu")
+    for there in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert fails(capsys, *arguments).endswith(f"error: on {'cuda' if there else 'cpu'}")
+    assert "torch sees no CUDA device" in fails(capsys, *arguments, "--device", "cuda")
 
 
 def test_predict(trained, data, capsys, tmp_path):
@@ -187,6 +249,7 @@ def test_wrong_training_input(data, tmp_path, capsys):
     assert "actoin" in fails(capsys, *base, "--module", "actoin")
     assert "nonsense" in fails(capsys, *base, "--module-arg", "nonsense=1")
     assert "no data folder" in fails(capsys, *base, "--data", tmp_path / "none")
+    assert "(--root) does not go with the format 'folder'" in fails(capsys, *base, "--root", data)
     error = fails(capsys, *base, "--format", "jester")
     assert "expected one *-train.csv (jester layout), found none" in error
     assert "do not fill one batch of 64" in fails(capsys, *base, "--batch-size", 64)
@@ -211,7 +274,14 @@ def test_wrong_videos(data, tmp_path, capsys):
             picture.write_bytes(b"no picture")
     base = ["train", "--recipe", "jester", "--data", folder, "--format", "folder", "--epochs", "1", *SMALL]
     error = fails(capsys, *base, "--output", tmp_path / "a")
-    assert "train/dark/v" in error and ".png" in error
+    problem = (
+        rf"temporal-excite train: error: {folder}/train/dark/v\d/\d+.png: not a readable picture: [^\n]+"
+    )
+    assert re.fullmatch(problem, error)
+    # in a process of its own: what is left of the workers ends with it
+    command = [sys.executable, "-m", "temporal_excite", *base, "--output", tmp_path / "a", "--workers", "1"]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert done.returncode == 2 and re.fullmatch(problem, done.stderr.strip())
     done = [str(a) for a in (*base, "--output", tmp_path / "b", "--on-error", "skip")]
     assert main(done) == 0
     (folder / "train" / "bright" / "empty").mkdir()
@@ -237,6 +307,8 @@ def test_wrong_checkpoints(trained, data, tmp_path, capsys):
     checkpoint = trained / "best.pt"
     error = fails(capsys, "evaluate", checkpoint, "--data", data, "--protocol", "3x99")
     assert "got '3x99'" in error
+    error = fails(capsys, "evaluate", checkpoint, "--data", data, "--batch-size", 0)
+    assert "batch_size must be at least 1, got 0" in error
     error = fails(capsys, "evaluate", checkpoint, "--data", tmp_path, "--format", "tsn")
     assert "expected one val.txt" in error
     content = read_checkpoint(checkpoint)
@@ -262,6 +334,8 @@ def plain(trained, tmp_path_factory):
 
 def test_explain(trained, plain, data, tmp_path, capsys):
     out, video = tmp_path / "new" / "out", data / "val" / "dark" / "v0"
+    out.mkdir(parents=True)
+    (out / "notes.txt").write_text("of another")
     arguments = [
         "explain",
         trained / "best.pt",
@@ -277,7 +351,9 @@ def test_explain(trained, plain, data, tmp_path, capsys):
     shown = capsys.readouterr().out
     best = Recognizer.from_checkpoint(trained / "best.pt")(video, 1)[0]
     assert f"{best.label} {100 * best.score:.0f} %" in shown and "no module with a gate" in shown
-    assert {p.name for p in out.iterdir()} == {"maps.png", "maps.webp", "masks_1.png", "attention_1.png"}
+    written = ["attention_1.png", "maps.png", "maps.webp", "masks_1.png"]
+    assert f"wrote {', '.join(written)} to {out}" in shown
+    assert {p.name for p in out.iterdir()} == {*written, "notes.txt"}
     assert Image.open(out / "maps.webp").n_frames == 2
     for more in (["--method", "cam"], ["--layer", "layer2", "--class", "dark"]):
         assert main([str(a) for a in (*arguments[:5], *more, "--format", "pdf", "--device", "cpu")]) == 0

@@ -13,10 +13,14 @@ import types
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from families import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import distributed as dist
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import temporal_excite as te
 from temporal_excite.training import (
@@ -27,6 +31,7 @@ from temporal_excite.training import (
     RunOptions,
     World,
     build_model,
+    engine,
     evaluate,
     freeze_batch_norm,
     get_recipe,
@@ -44,6 +49,8 @@ from temporal_excite.training.data import load_records, test_dataset, train_data
 from temporal_excite.training.distributed import EvalShare, TrainBatches
 from temporal_excite.training.evaluate import Evaluation, video_scores
 from temporal_excite.training.optim import create_optimizer, create_schedule
+from temporal_excite.video import Record
+from temporal_excite.video.transforms import RandomFlip
 
 CPU = World(torch.device("cpu"))
 CONFIG = ModelConfig(
@@ -147,6 +154,45 @@ def test_groups_are_the_released_ones():
     assert groups["head weight"]["params"] == [head.weight]
     temporal = [p for n, p in model.named_parameters() if n.endswith("temporal.shift.weight")]
     assert temporal and all(any(p is q for q in groups["weights"]["params"]) for p in temporal)
+
+
+@pytest.mark.parametrize(
+    ("family", "heads"),
+    [
+        ("repvit", ["head.head.l"]),
+        ("efficientformer", ["head", "head_dist"]),
+        ("caformer", ["head.fc.fc2"]),
+        ("cpubone", ["head.classifier.linear"]),
+    ],
+)
+def test_heads_of_more_than_one_layer(tmp_path, family, heads):
+    member = FAMILIES[family]
+
+    def network(classes: int, seed: int) -> te.VideoClassifier:
+        torch.manual_seed(seed)
+        backbone = timm.create_model(member.name, num_classes=classes, **member.smaller)
+        model = te.VideoClassifier(backbone, 2, dropout=0.0)
+        model.reset_head(classes)
+        return model
+
+    model = network(3, 0)
+    layers = [model.model.get_submodule(name) for name in heads]
+    assert all(0.0005 < layer.weight.std() < 0.002 and not layer.bias.any() for layer in layers)
+    groups = {g["name"]: g["params"] for g in param_groups(model, 0.1, RECIPE)}
+    grouped = [id(p) for params in groups.values() for p in params]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+    assert {id(p) for p in groups["head weight"]} == {id(layer.weight) for layer in layers}
+    assert {id(p) for p in groups["head bias"]} == {id(layer.bias) for layer in layers}
+
+    save_checkpoint(tmp_path / "x.pt", CONFIG, model.state_dict())
+    target, same = network(5, 1), network(3, 1)
+    own = {key: value.clone() for key, value in target.state_dict().items()}
+    for other in (target, same):
+        load_initial(other, tmp_path / "x.pt")
+    kept = [f"model.{name}.{kind}" for name in heads for kind in ("weight", "bias")]
+    for key, value in target.state_dict().items():
+        assert torch.equal(value, own[key] if key in kept else model.state_dict()[key])
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in same.state_dict().items())
 
 
 def test_a_conv_bias_has_twice_the_rate_and_no_decay():
@@ -348,7 +394,7 @@ def test_compiled_training_is_the_same(tmp_path, monkeypatch):
     load_model(tmp_path / "1" / "last.pt")
 
 
-def test_tensorboard_gets_what_the_log_gets(tmp_path, monkeypatch):
+def test_tensorboard_gets_what_the_log_gets(tmp_path, monkeypatch, capsys):
     written = {}
 
     class Writer:
@@ -364,7 +410,9 @@ def test_tensorboard_gets_what_the_log_gets(tmp_path, monkeypatch):
     options = dataclasses.replace(QUIET, tensorboard=True)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # not installed
     with pytest.raises(ValueError, match="pip install tensorboard"):
-        train(fresh(), CONFIG, RECIPE, Clips(), None, tmp_path / "none", options=options)
+        shown = dataclasses.replace(options, progress=True)
+        train(fresh(), CONFIG, RECIPE, Clips(), None, tmp_path / "none", options=shown)
+    assert capsys.readouterr().err == ""  # no bar
     module = types.SimpleNamespace(SummaryWriter=Writer)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     train(fresh(), CONFIG, RECIPE, Clips(), Clips(4), tmp_path / "run", options=options)
@@ -383,6 +431,9 @@ def test_tensorboard_gets_what_the_log_gets(tmp_path, monkeypatch):
         ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
         ({"group": 0}, "group must be at least 1, got 0"),
         ({"sync_bn": True}, "sync_bn needs CUDA"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"save_every": -1}, "save_every must not be negative, got -1"),
+        ({"seed": -1}, "seed must not be negative, got -1"),
     ],
 )
 def test_wrong_options(tmp_path, change, message):
@@ -449,6 +500,40 @@ def wait_for(folder: Path, steps: int, process: subprocess.Popen) -> None:
     raise AssertionError("the run does not get on")
 
 
+class NoDoubles(TorchDispatchMode):
+    """Stands for a device without float64."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        assert getattr(result, "dtype", None) != torch.float64, func
+        return result
+
+
+def test_training_needs_no_float64(tmp_path):
+    with NoDoubles():
+        train(fresh(), CONFIG, RECIPE, Clips(), None, tmp_path, options=QUIET)
+
+
+def test_many_processes_stop_after_the_step(tmp_path):
+    """Of two processes, here one in a group of its own."""
+
+    class Stopping(Clips):
+        def __getitem__(self, index):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().__getitem__(index)
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        options = dataclasses.replace(QUIET, log_every=100)
+        world = World(torch.device("cpu"), 0, 2)
+        result = train(
+            fresh(), CONFIG, RECIPE, Stopping(), None, tmp_path / "run", options=options, world=world
+        )
+    finally:
+        dist.destroy_process_group()
+    assert not result.finished and read_checkpoint(result.checkpoint)["training"]["updates"] == 1
+
+
 @pytest.mark.parametrize(("how", "workers"), [(signal.SIGKILL, 0), (signal.SIGTERM, 1)])
 def test_a_killed_run_goes_on_bit_equal(tmp_path, how, workers):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -503,6 +588,61 @@ def test_two_processes_are_one(tmp_path):
     assert not torch.allclose(states[0]["model.fc.weight"], start["model.fc.weight"], atol=1e-3)
 
 
+def test_processes_evaluate_one_network(tmp_path):
+    """Batch normalisation's statistics are each process's own while it trains."""
+    path = script(tmp_path, "both.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launch, path, tmp_path / "two"], env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    again = evaluate(load_model(tmp_path / "two" / "last.pt")[0], Clips(5), CONFIG.labels)
+    assert read_log(tmp_path / "two", "epoch")[-1]["val_loss"] == pytest.approx(again.loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("number", range(1, 7))
+def test_a_file_that_cannot_be_written_loses_nothing(tmp_path, monkeypatch, number):
+    """Three files at the end of the first epoch, two or three at that of the second."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train(fresh(), CONFIG, RECIPE, Clips(), Clips(5), whole, options=QUIET)
+    written = []
+
+    def save(path, *args):
+        written.append(path.name)
+        if len(written) == number:
+            raise CheckpointError("full")
+        save_checkpoint(path, *args)
+
+    monkeypatch.setattr(engine, "save_checkpoint", save)
+    with pytest.raises(CheckpointError, match="full"):
+        train(fresh(), CONFIG, RECIPE, Clips(), Clips(5), stopped, options=QUIET)
+    assert written[:3] == ["last.pt", "best.pt", "last.pt"][:number]
+    train(fresh(), CONFIG, RECIPE, Clips(), Clips(5), stopped, options=QUIET, resume=True)
+    same_run(whole, stopped)
+    assert [line["epoch"] for line in read_log(stopped, "epoch")] == [0, 1, 2]
+    best = [read_checkpoint(folder / "best.pt")["state_dict"] for folder in (whole, stopped)]
+    assert all(torch.equal(value, best[1][key]) for key, value in best[0].items())
+
+
+def test_a_run_killed_in_its_validation_has_the_epoch(tmp_path):
+    class Killing(Clips):
+        def __getitem__(self, index):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(fresh(), CONFIG, RECIPE, Clips(), Killing(5), tmp_path, options=QUIET)
+    training = read_checkpoint(tmp_path / "last.pt")["training"]
+    assert (training["epoch"], training["updates"]) == (0, 2)
+
+
+def test_a_fresh_run_clears_what_a_killed_one_left(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"kind": "step", "step": 1}\n')
+    (tmp_path / ".last.pt.123.tmp").write_bytes(b"half")
+    train(fresh(), CONFIG, RECIPE, Clips(), None, tmp_path, options=QUIET, resume=True)
+    assert [line["step"] for line in read_log(tmp_path, "step")] == [1, 2, 3, 4, 5, 6]
+    assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "log.jsonl"}
+
+
 def test_resume_refuses_another_run(tmp_path):
     train(fresh(), CONFIG, RECIPE, Clips(), None, tmp_path, options=QUIET)
     before = (tmp_path / "last.pt").read_bytes()
@@ -514,7 +654,12 @@ def test_resume_refuses_another_run(tmp_path):
     recipe = dataclasses.replace(RECIPE, lr=1.0)
     with pytest.raises(CheckpointError, match=r"another run \(recipe\): lr was 0.01, is 1.0"):
         train(fresh(), CONFIG, recipe, Clips(), None, tmp_path, options=QUIET, resume=True)
+    with pytest.raises(CheckpointError, match=r"another run \(data\): training clips was 10, is 11"):
+        train(fresh(), CONFIG, RECIPE, Clips(11), None, tmp_path, options=QUIET, resume=True)
     assert (tmp_path / "last.pt").read_bytes() == before
+    content = read_checkpoint(tmp_path / "last.pt")
+    del content["training"]["clips"]  # as older versions wrote it
+    save_checkpoint(tmp_path / "last.pt", CONFIG, content["state_dict"], content["training"])
     done = train(fresh(), CONFIG, RECIPE, Clips(), None, tmp_path, options=QUIET, resume=True)
     assert done.finished and len(read_log(tmp_path, "step")) == 6
 
@@ -548,6 +693,14 @@ def test_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint_module.torch, "save", full)
     with pytest.raises(CheckpointError, match=r"x\.pt: .*No space left .*MiB free.*previous .*intact"):
         save_checkpoint(path, CONFIG, {"w": torch.ones(100_000)})
+
+    def interrupted(content, file):
+        file.write(b"some of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint_module.torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(path, CONFIG, {"w": torch.ones(3)})
     monkeypatch.undo()
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["x.pt"]
 
@@ -649,6 +802,13 @@ def test_metrics():
     assert result.loss == pytest.approx(expected)
 
 
+def test_class_names_are_no_formulas(tmp_path):
+    labels = (r"from $5 to $6", r"$\frac$")
+    scores = torch.eye(2)
+    Evaluation(torch.arange(2), scores, torch.arange(2), labels).plot_confusion(tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 1000
+
+
 def test_evaluation_leaves_unreadable_videos_out():
     class Some(Clips):
         broken = (1, 3)
@@ -660,6 +820,14 @@ def test_evaluation_leaves_unreadable_videos_out():
         evaluate(fresh(), Some(5), CONFIG.labels)
     with pytest.raises(ValueError, match="empty"):
         evaluate(fresh(), Clips(0), CONFIG.labels)
+
+
+def test_evaluation_workers_leave_sigterm_to_the_main_process():
+    class Asked(Clips):
+        def __getitem__(self, index):
+            return super().__getitem__(index)[0], int(signal.getsignal(signal.SIGTERM) == signal.SIG_IGN)
+
+    assert evaluate(fresh(), Asked(2), CONFIG.labels, workers=1).targets.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("protocol", ["2x1", "3x0", "3x11", "3", "3x", "x", "3X10", ""])
@@ -702,6 +870,39 @@ def test_class_folders(tmp_path):
     assert clip.shape == (2, 3, 16, 16)
     with pytest.raises(ValueError, match="'wave' is none of the 1 classes"):
         load_records(tmp_path, "folder", "val", labels=["clap"])
+
+
+@pytest.mark.parametrize(
+    ("labels", "flip", "pairs"),
+    [
+        (("1", "2"), "auto", None),
+        (("1", "2"), "plain", {}),
+        (("wave", "2"), "auto", {}),
+        (("Swiping Left", "Swiping Right"), "auto", {0: 1, 1: 0}),
+    ],
+)
+def test_clips_of_numbered_classes_are_not_mirrored(labels, flip, pairs, caplog):
+    dataset = train_dataset([Record(Path("x"), 0)], dataclasses.replace(CONFIG, labels=labels), flip=flip)
+    flips = [step.pairs for step in dataset.transform.transforms if isinstance(step, RandomFlip)]
+    assert flips == ([] if pairs is None else [pairs])
+    assert ("--flip plain mirrors" in caplog.text) == (pairs is None)
+
+
+def test_what_lies_beside_videos(tmp_path, caplog):
+    (tmp_path / "train").mkdir()
+    for name in ("clap", ".cache", "@eaDir", "__MACOSX"):
+        for path in (tmp_path / "train", tmp_path / "train" / "clap"):
+            (path / name).mkdir(exist_ok=True)
+    for file in ("a.MTS", "b.3gp", "notes.txt", "Makefile", ".DS_Store", "c.TXT"):
+        (tmp_path / "train" / "clap" / file).touch()
+    records, labels = load_records(tmp_path, "folder", "train")
+    assert labels == ["clap"] and [r.path.name for r in records] == ["a.MTS", "b.3gp", "clap"]
+    (warning,) = caplog.messages
+    assert warning.endswith("3 files left out, which are no videos by their ending: .txt, Makefile")
+    (tmp_path / "train" / "wave").mkdir()
+    with pytest.raises(ValueError, match="train: no videos in the class folder 'wave': remove it"):
+        load_records(tmp_path, "folder", "train")
+    assert load_records(tmp_path, "folder", "train", labels=["clap", "wave"])[0] == records
 
 
 def test_layouts(tmp_path):

@@ -343,7 +343,7 @@ def test_overlay():
 def test_figure_and_animation(tmp_path):
     rows = {"input": torch.randint(256, (4, 3, 20, 30), dtype=torch.uint8), "a long name of a network": None}
     rows["a long name of a network"] = 255 - rows["input"]
-    drawn = visual.figure(rows, tmp_path / "rows.png", title="a\nb", columns=(0, 3))
+    drawn = visual.figure(rows, tmp_path / "rows.png", title="a\n$\\frac$ b", columns=(0, 3))
     assert len(drawn.axes) == 4 and Image.open(tmp_path / "rows.png").width > 300
     visual.figure(rows, tmp_path / "rows.pdf")
     assert (tmp_path / "rows.pdf").read_bytes().startswith(b"%PDF")

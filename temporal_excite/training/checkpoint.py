@@ -14,7 +14,7 @@ import torch
 from timm.models import is_model
 from torch import Tensor
 
-from ..classifier import VideoClassifier
+from ..classifier import VideoClassifier, class_layers
 from ..injection import inject
 
 FORMAT = 1
@@ -115,9 +115,11 @@ def save_checkpoint(
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if not isinstance(error, OSError | RuntimeError):  # torch reports a full disk as a RuntimeError
+            raise
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         raise CheckpointError(
             f"cannot write {path}: {reason}{_free_space(path)}; "
@@ -187,10 +189,9 @@ def load_initial(model: VideoClassifier, path: str | Path) -> None:
     classes."""
     state = dict(read_checkpoint(path)["state_dict"])
     own = model.state_dict()
-    head = model.model.get_classifier()  # type: ignore[operator]
-    name = next(name for name, module in model.named_modules() if module is head)
-    for key in (f"{name}.weight", f"{name}.bias"):
-        if key in own and key in state and state[key].shape != own[key].shape:
+    heads = {id(parameter) for layer in class_layers(model.model) for parameter in layer.parameters()}
+    for key, parameter in model.named_parameters():
+        if id(parameter) in heads and key in state and state[key].shape != own[key].shape:
             state[key] = own[key]
     load_weights(model, state, path)
 

@@ -1,6 +1,7 @@
 """The data sets of a training folder: which files the recipes' layouts expect, and what is done to the
 frames."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from ..video import (
 from ..video.decoding import VIDEOS
 from .checkpoint import ModelConfig
 from .evaluate import parse_protocol
+
+logger = logging.getLogger(__name__)
 
 LAYOUTS: dict[str, tuple[str, str, str]] = {
     "tsn": ("train.txt", "val.txt", "."),
@@ -49,7 +52,8 @@ def load_records(
     """The records and class names of one subset of a data folder.
 
     ``"folder"`` is ``data/train/CLASS/video`` and ``data/val/CLASS/video``; a video is a file, or a folder
-    of pictures. The other formats are those of :func:`~temporal_excite.video.read_annotations`.
+    of pictures. Names that begin with "." or "@", and ``__MACOSX``, are left out; so are files with unknown
+    endings, with a warning. The other formats are those of :func:`~temporal_excite.video.read_annotations`.
 
     Args:
         data: the folder.
@@ -61,12 +65,17 @@ def load_records(
 
     Raises:
         FileNotFoundError: the folder or a file in it is missing.
-        ValueError: an unknown format, or annotations that are wrong.
+        ValueError: an unknown format, annotations that are wrong, a class folder without videos where
+            ``labels`` does not name the classes, or a ``root`` for ``"folder"``.
     """
     data = Path(data)
     if not data.is_dir():
         raise FileNotFoundError(f"no data folder {data}")
     if format == "folder":
+        if root is not None:
+            raise ValueError(
+                f"root {root} (--root) does not go with the format 'folder', whose videos lie in {data}"
+            )
         return _class_folders(Path(listing) if listing else data / subset, labels)
     if format not in LAYOUTS:
         raise ValueError(f"unknown data format {format!r}; known: {', '.join(layouts())}")
@@ -94,23 +103,44 @@ def load_records(
 def _class_folders(folder: Path, labels: Sequence[str] | str | Path | None) -> tuple[list[Record], list[str]]:
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder} with one folder of videos for each class")
-    classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not _hidden(path))
     if isinstance(labels, str | Path):
         from ..video import read_labels
 
         labels = read_labels(labels)
+    given = labels is not None
     names = list(labels) if labels is not None else classes
     if unknown := [name for name in classes if name not in names]:
         raise ValueError(f"{folder}: the folder {unknown[0]!r} is none of the {len(names)} classes")
-    records = [
-        Record(video, names.index(name))
-        for name in classes
-        for video in sorted((folder / name).iterdir())
-        if video.is_dir() or video.suffix.lower() in VIDEOS
-    ]
+    records: list[Record] = []
+    others, empty = [], []
+    for name in classes:
+        before = len(records)
+        for path in sorted(path for path in (folder / name).iterdir() if not _hidden(path)):
+            if path.is_dir() or path.suffix.lower() in VIDEOS:
+                records.append(Record(path, names.index(name)))
+            else:
+                others.append(path.suffix.lower() or path.name)
+        if len(records) == before:
+            empty.append(name)
+    if others:
+        endings = ", ".join(sorted(set(others)))
+        logger.warning(
+            "%s: %d files left out, which are no videos by their ending: %s", folder, len(others), endings
+        )
     if not records:
         raise ValueError(f"{folder}: no videos in its {len(classes)} class folders")
+    if empty and not given:
+        raise ValueError(
+            f"{folder}: no videos in the class folder {empty[0]!r}: remove it, "
+            "or give the class names (--labels)"
+        )
     return records, names
+
+
+def _hidden(path: Path) -> bool:
+    """Whether a system or a program keeps its own data there, as in .DS_Store, @eaDir and __MACOSX."""
+    return path.name.startswith((".", "@")) or path.name == "__MACOSX"
 
 
 def train_dataset(
@@ -124,10 +154,18 @@ def train_dataset(
     """The papers' training data: random segments' frames, multi-scale corner crops, flips.
 
     ``flip``: "none", "plain", "swap" as :func:`~temporal_excite.video.train_transform` takes them; "auto"
-    is "swap" where class names speak of left and right, and "plain" elsewhere.
+    is "swap" where class names speak of left and right, "none", with a warning, where they are whole numbers,
+    which do not say, and "plain" elsewhere.
     """
     if flip == "auto":
-        flip = "swap" if flip_pairs(config.labels) else "plain"
+        if all(name.isdecimal() for name in config.labels):
+            logger.warning(
+                "the class names are numbers and do not say left or right: no clip is mirrored; "
+                "--flip plain mirrors"
+            )
+            flip = "none"
+        else:
+            flip = "swap" if flip_pairs(config.labels) else "plain"
     transform = train_transform(
         config.crop,
         flip=flip,

@@ -1,12 +1,14 @@
 """One process or many (torchrun): who takes which clips, and sums over all."""
 
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.utils.data import Sampler
 
 
@@ -48,16 +50,28 @@ class World:
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
+    def copy_to_all(self, tensors: Iterable[Tensor]) -> None:
+        """Give the tensors the main process's values, in place, in every process."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+
+def choose_device(device: str | None = None) -> torch.device:
+    """The device of a name such as "cpu" or "cuda"; None takes CUDA where there is one."""
+    wanted = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if wanted.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' asked for, but torch sees no CUDA device; use device 'cpu'")
+    return wanted
+
 
 def join_world(device: str | None = None) -> World:
     """The world torchrun describes in the environment, or a world of one.
 
-    ``device``: such as "cpu" or "cuda"; None takes CUDA where there is one. On CUDA each process takes the
-    device of its local rank and talks over nccl, else gloo.
+    ``device``: as :func:`choose_device` takes it. On CUDA each process takes the device of its local rank
+    and talks over nccl, else gloo.
     """
-    wanted = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if wanted.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device 'cuda' asked for, but torch sees no CUDA device; use device 'cpu'")
+    wanted = choose_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return World(wanted)
     if wanted.type == "cuda":
@@ -138,6 +152,12 @@ class EvalShare(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.indices)
+
+
+def ignore_sigterm(_: int) -> None:
+    """For a DataLoader's workers: a SIGTERM to the whole group stops the run through the main process, after
+    the step or the validation it is in."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def mix(*numbers: int) -> int:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from ..classifier import VideoClassifier
 from .checkpoint import CheckpointError, ModelConfig, load_weights, read_checkpoint, save_checkpoint
-from .distributed import TrainBatches, World, join_world, mix
+from .distributed import TrainBatches, World, ignore_sigterm, join_world, mix
 from .evaluate import Evaluation, evaluate
 from .optim import create_optimizer, create_schedule, freeze_batch_norm
 from .progress import RunLog, forget_after
@@ -145,7 +145,7 @@ class _Run:
         self.train_set, self.val_set = train_set, val_set
         _check(options, recipe, world)
         base = recipe.batch(config.n_segment)
-        batch = options.batch_size or base
+        batch = base if options.batch_size is None else options.batch_size
         self.lr = options.lr if options.lr is not None else recipe.lr * batch / base
         self.batches = TrainBatches(
             len(train_set), batch, options.accumulate, options.seed, world, options.group
@@ -182,7 +182,7 @@ class _Run:
             num_workers=options.workers,
             persistent_workers=False,  # new ones each epoch: they copy the data set with its epoch
             pin_memory=world.device.type == "cuda",
-            worker_init_fn=_worker,
+            worker_init_fn=ignore_sigterm,
             generator=torch.Generator(),  # the workers' seeds: nothing is drawn from the global one
         )
         self.log = RunLog(
@@ -220,21 +220,15 @@ class _Run:
             self.train_set.set_epoch(self.epoch)
         self._train_mode()
         passes = iter(self.loader)
-        local = torch.zeros(3, dtype=torch.float64, device=self.world.device)
         while self.updates < (self.epoch + 1) * batches.steps:
             torch.manual_seed(mix(options.seed, self.updates, self.world.rank))
             self.schedule.step_update(self.updates)
-            local += self._step(passes)
+            local = self._step(passes).tolist()
             self.updates += 1
             end = self.updates == (self.epoch + 1) * batches.steps
             report = end or self.updates % options.log_every == 0
             save = bool(options.save_every) and self.updates % options.save_every == 0 and not end
-            meet = report or save or self.world.size == 1  # processes agree on a stop where they meet anyway
-            if not meet:
-                self.log.advance(batches.batch_size)
-                continue
-            *sums, stops = self.world.sum(*local.tolist(), float(asked.is_set()))
-            local.zero_()
+            *sums, stops = self.world.sum(*local, float(asked.is_set()))
             self.totals = [a + b for a, b in zip(self.totals, sums, strict=True)]
             if not math.isfinite(self.totals[0]):
                 raise FloatingPointError(
@@ -255,7 +249,7 @@ class _Run:
         """One optimiser step; this process's (summed loss, correct clips, clips)."""
         device, accumulate = self.world.device, self.options.accumulate
         self.optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros(3, dtype=torch.float64, device=device)
+        sums = torch.zeros(3, device=device)  # MPS has no float64
         for part in range(accumulate):
             clips, target = next(passes)
             clips, target = clips.to(device, non_blocking=True), target.to(device, non_blocking=True)
@@ -267,7 +261,7 @@ class _Run:
                 self.scaler.scale(loss / accumulate).backward()
             correct = (logits.detach().argmax(dim=1) == target).sum()
             count = torch.full_like(correct, len(target))
-            sums += torch.stack([loss.detach().double() * len(target), correct, count])
+            sums += torch.stack([loss.detach() * len(target), correct, count])
         if self.recipe.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
@@ -302,12 +296,13 @@ class _Run:
             "train_top1": 100.0 * correct / clips,
             "seconds": seconds,
         }
-        self.epoch += 1
-        self.totals, self.reported = [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]
+        done = self.epoch + 1
         result = None
         if self.val_set is not None and (
-            self.epoch % self.options.evaluate_every == 0 or self.epoch == self.recipe.epochs
+            done % self.options.evaluate_every == 0 or done == self.recipe.epochs
         ):
+            self._save()  # the epoch still open: after a kill the validation is done again, not the epoch
+            self.world.copy_to_all(self._kept().buffers())  # each process has its own batch norms' statistics
             result = evaluate(
                 self._kept(),
                 self.val_set,
@@ -317,13 +312,14 @@ class _Run:
                 world=self.world,
             )
             values |= {"val_loss": result.loss, "val_top1": result.top1, "val_top5": result.top5}
-        best = result is not None and result.top1 > self.best
-        if result is not None and best:
+        if result is not None and result.top1 > self.best:
             self.best = result.top1
-        self._save()
-        if best and self.world.main:
-            save_checkpoint(self.output / "best.pt", self.config, self._kept().state_dict())
+            if self.world.main:
+                save_checkpoint(self.output / "best.pt", self.config, self._kept().state_dict())
         self.log.write("epoch", self.updates, **values)
+        self.epoch = done
+        self.totals, self.reported = [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]
+        self._save()  # last: what the epoch leaves is there, or comes again
         return result
 
     def _lr(self) -> float:
@@ -345,6 +341,7 @@ class _Run:
             "options": _plain(asdict(self.options)),
             "epoch": self.epoch,
             "updates": self.updates,
+            "clips": self.batches.length,
             "best": self.best,
             "totals": self.totals,
             "reported": self.reported,
@@ -364,11 +361,13 @@ class _Run:
             "model": self.config.to_dict(),
             "recipe": _plain(asdict(self.recipe)),
             "options": _plain(asdict(self.options)),
+            "data": {"training clips": self.batches.length},
         }
         then = {
             "model": content["config"].to_dict(),
             "recipe": training["recipe"],
             "options": training["options"],
+            "data": {"training clips": training.get("clips", self.batches.length)},  # not in older files
         }
         for part in now:
             changed = [
@@ -386,7 +385,7 @@ class _Run:
         self.epoch, self.updates, self.best = training["epoch"], training["updates"], training["best"]
         self.totals, self.reported = training["totals"], training["reported"]
         if self.world.main:
-            forget_after(self.output, self.updates)
+            forget_after(self.output, self.updates, self.epoch)
 
 
 def _check(options: RunOptions, recipe: Recipe, world: World) -> None:
@@ -397,6 +396,11 @@ def _check(options: RunOptions, recipe: Recipe, world: World) -> None:
     for name in ("accumulate", "group", "log_every", "evaluate_every"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(options, name)}")
+    if options.batch_size is not None and options.batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {options.batch_size}")
+    for name in ("save_every", "seed"):
+        if getattr(options, name) < 0:
+            raise ValueError(f"{name} must not be negative, got {getattr(options, name)}")
     if recipe.epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {recipe.epochs}")
     if options.sync_bn and world.device.type != "cuda":
@@ -418,17 +422,16 @@ def _prepare(output: Path, resume: bool, world: World) -> bool:
             raise FileExistsError(
                 f"{output} already holds a run: resume it (--resume) or take another folder"
             )
+        for stale in output.glob(".*.pt.*.tmp"):  # of a run killed while it wrote
+            stale.unlink(missing_ok=True)
+        if not found:
+            (output / "log.jsonl").unlink(missing_ok=True)
     return bool(world.share(found))
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """Tuples as lists, as a loaded checkpoint has them."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-
-
-def _worker(_: int) -> None:
-    # a SIGTERM to the whole group stops the run through the main process, after the step it is in
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @contextlib.contextmanager

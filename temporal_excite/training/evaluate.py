@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .distributed import EvalShare, World, join_world
+from .distributed import EvalShare, World, ignore_sigterm, join_world
 
 logger = logging.getLogger(__name__)
 
@@ -116,8 +116,8 @@ class Evaluation:
             xlabel="predicted", ylabel="true", title=f"Top-1 {self.top1:.1f} % of {len(self.targets)} videos"
         )
         if n <= 60:
-            axes.set_xticks(range(n), self.labels, rotation=90)
-            axes.set_yticks(range(n), self.labels)
+            axes.set_xticks(range(n), self.labels, rotation=90, parse_math=False)
+            axes.set_yticks(range(n), self.labels, parse_math=False)
         if n <= 20:
             for i in range(n):
                 for j in range(n):
@@ -146,6 +146,7 @@ def evaluate(
     labels: Sequence[str],
     *,
     batch_size: int = 16,
+    views: int = 1,
     workers: int = 0,
     world: World | None = None,
     progress: bool = False,
@@ -158,18 +159,28 @@ def evaluate(
             ``on_error="skip"``) are left out and counted.
         labels: class names.
         batch_size: clips in one pass.
+        views: clips of each video; of more, fewer videos are read at a time.
         workers: processes that read videos.
         world: as :func:`~temporal_excite.training.join_world` gives it.
         progress: show a bar.
     """
     from tqdm import tqdm
 
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     world = world or join_world("cpu")
     count = len(dataset) if isinstance(dataset, Sized) else 0
     if not count:
         raise ValueError("the data set to evaluate on is empty")
     share = EvalShare(count, world)
-    loader = DataLoader(dataset, batch_size, sampler=share, num_workers=workers, generator=torch.Generator())
+    loader = DataLoader(
+        dataset,
+        max(1, batch_size // views),
+        sampler=share,
+        num_workers=workers,
+        worker_init_fn=ignore_sigterm,
+        generator=torch.Generator(),
+    )
     training = model.training
     model.eval()
     scores, targets = [], []

@@ -8,7 +8,7 @@ from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from ..classifier import VideoClassifier
+from ..classifier import VideoClassifier, class_layers
 from .recipes import Recipe
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
@@ -28,7 +28,8 @@ def param_groups(model: VideoClassifier, lr: float, recipe: Recipe) -> list[dict
     last linear layer, bias       lr * head_lr * bias_lr      0
     ============================  ==========================  ==============================
     """
-    head = model.model.get_classifier()  # type: ignore[operator]
+    layers = class_layers(model.model)
+    head_weights, head_biases = {id(m.weight) for m in layers}, {id(m.bias) for m in layers}
     norms = {id(p) for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters(recurse=False)}
     decay = recipe.weight_decay
     groups: dict[str, dict[str, Any]] = {
@@ -43,9 +44,9 @@ def param_groups(model: VideoClassifier, lr: float, recipe: Recipe) -> list[dict
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if parameter is head.weight:
+        if id(parameter) in head_weights:
             kind = "head weight"
-        elif parameter is head.bias:
+        elif id(parameter) in head_biases:
             kind = "head bias"
         elif id(parameter) in norms:
             kind = "norms"

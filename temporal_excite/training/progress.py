@@ -31,9 +31,6 @@ class RunLog:
     ) -> None:
         self.total, self.done, self.seen = total, done, 0
         self.started = time.perf_counter()
-        self.bar = tqdm(
-            total=total, initial=done, unit="clip", unit_scale=True, disable=not (progress and world.main)
-        )
         self.writer: Any = None
         if tensorboard and world.main:
             try:
@@ -41,6 +38,9 @@ class RunLog:
             except ImportError as error:
                 raise ValueError("--tensorboard needs the package: pip install tensorboard") from error
             self.writer = SummaryWriter(str(folder / "tensorboard"))
+        self.bar = tqdm(
+            total=total, initial=done, unit="clip", unit_scale=True, disable=not (progress and world.main)
+        )
         self.file = (folder / "log.jsonl").open("a", encoding="utf-8") if world.main else None
 
     def advance(self, clips: int, **shown: str) -> None:
@@ -85,15 +85,18 @@ def read_log(folder: str | Path, kind: str | None = None) -> list[dict[str, Any]
     return [line for line in lines if kind is None or line["kind"] == kind]
 
 
-def forget_after(folder: Path, step: int) -> None:
-    """Drop the lines of steps later than the checkpoint a run goes on from: they will come again."""
+def forget_after(folder: Path, step: int, epoch: int) -> None:
+    """Drop the lines of steps later than the checkpoint a run goes on from, and of epochs that are not closed
+    in it (``epoch`` is the first): they will come again."""
     path = folder / "log.jsonl"
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
+            values = json.loads(line)
+            closed = values["kind"] != "epoch" or values["epoch"] < epoch
+            if line.endswith("\n") and values["step"] <= step and closed:
                 kept.append(line)
         except ValueError:
             pass  # the line a killed process was writing

@@ -45,8 +45,6 @@ class Recipe:
     """Learning rate of the last linear layer, relative; its bias has ``head_lr * bias_lr``."""
     head_decay: float = 1.0
     """Weight decay of the last linear layer's weight, relative."""
-    flip: bool = True
-    """Horizontal flips, with the labels swapped where the data set names a left and a right class."""
     short_side: int = 256
     crop: int = 224
     sources: Mapping[str, str] = field(default_factory=dict)
@@ -68,7 +66,6 @@ def _sources(first: str, /, **others: str) -> dict[str, str]:
         "head_decay": ACTION_CODE,
         "clip_grad": f"{ACTION_CODE} and {TSM_README}",
         "batch_norm": first,
-        "flip": "TSN, Sec. 3.2",
         "short_side": first,
         "crop": first,
         "warmup": "none in any of the papers",

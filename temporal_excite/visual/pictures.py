@@ -128,11 +128,11 @@ def figure(
             axes[i, j].imshow(frames[t].permute(1, 2, 0).numpy())
             axes[i, j].set(xticks=[], yticks=[])
             axes[i, j].spines[:].set_visible(False)
-        axes[i, 0].set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center")
+        axes[i, 0].set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center", parse_math=False)
     for j, t in enumerate(columns):
         axes[-1, j].set_xlabel(f"frame {t + 1}", fontsize=7)
     if title:
-        whole.suptitle(title, fontsize=9)
+        whole.suptitle(title, fontsize=9, parse_math=False)
     if path is not None:
         _save(whole, path)
     return whole

@@ -3,9 +3,12 @@
 import argparse
 import json
 import logging
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from ...complexity import count
+from ...video import Record
 from ..checkpoint import load_model
 from ..data import load_records, test_dataset
 from ..distributed import join_world, leave_world
@@ -39,13 +42,15 @@ def run(args: argparse.Namespace) -> int:
     crops, clips = parse_protocol(args.protocol)
     model, config = load_model(args.checkpoint)
     layout = args.format or config.dataset
+    named = layout not in ("folder", "tsn", "kinetics", "hmdb51")  # the data name all classes themselves
+    named |= layout == "tsn" and (args.data / "labels.txt").is_file()
     records, labels = load_records(
         args.data,
         layout,
         "val",
         listing=args.val_list,
         root=args.root,
-        labels=args.labels or (config.labels if layout in ("folder", "tsn", "kinetics", "hmdb51") else None),
+        labels=args.labels or (None if named else config.labels),
     )
     if tuple(labels) != config.labels:
         raise ValueError(
@@ -54,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
+    views = crops * clips
     side = config.crop if crops == 1 else config.short_side
     flops = count(model, (config.n_segment, 3, side, side)).flops
     world = join_world(args.device)
@@ -63,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
             test_dataset(records, config, args.protocol, on_error=args.on_error),
             config.labels,
             batch_size=args.batch_size,
+            views=views,
             workers=args.workers,
             world=world,
             progress=args.progress,
@@ -71,7 +78,6 @@ def run(args: argparse.Namespace) -> int:
         leave_world()
     if not world.main:
         return 0
-    views = crops * clips
     print(
         f"{len(result.targets)} videos, {config.n_segment} frames x {crops} crops x {clips} clips\n"
         f"Top-1 {result.top1:.2f} %  Top-5 {result.top5:.2f} %\n"
@@ -97,7 +103,18 @@ def run(args: argparse.Namespace) -> int:
             "per_class": {k: None if v != v else v for k, v in per_class.items()},
         }
         (args.output / "result.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        result.write_csv(args.output / "predictions.csv", [str(r.path) for r in records])
+        result.write_csv(args.output / "predictions.csv", _names(records))
         result.plot_confusion(args.output / "confusion.png")
-        print(f"wrote {', '.join(sorted(p.name for p in args.output.iterdir()))} to {args.output}")
+        print(f"wrote confusion.png, predictions.csv, result.json to {args.output}")
     return 0
+
+
+def _names(records: Sequence[Record]) -> list[str]:
+    """The records' paths, with first and last frame (counted from 1) where several records are of one."""
+    several = Counter(record.path for record in records)
+    names = []
+    for record in records:
+        end = "" if record.num_frames is None else record.start + record.num_frames
+        frames = f" {record.start + 1}-{end}" if several[record.path] > 1 else ""
+        names.append(f"{record.path}{frames}")
+    return names

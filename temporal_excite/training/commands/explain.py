@@ -9,6 +9,7 @@ from ...video import Record
 from ...visual import animation, attention, cam, excitations, figure, grad_cam, overlay, unnormalise
 from ...visual.pictures import ANIMATIONS, PICTURES, mask_rows
 from ..data import test_dataset
+from ..distributed import choose_device
 from ..recognizer import Recognizer
 from . import add_device_argument
 
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     if args.layer and args.method == "cam":
         raise ValueError("--layer goes with --method grad-cam: CAM is made of the last features")
     sources = [args.checkpoint, *args.compare]
-    models = [Recognizer.from_checkpoint(source, args.device or "cpu") for source in sources]
+    models = [Recognizer.from_checkpoint(source, choose_device(args.device)) for source in sources]
     config = models[0].config
     for source, other in zip(sources[1:], models[1:], strict=True):
         for name in ("n_segment", "short_side", "crop", "labels"):
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
 
     rows: dict[str, Tensor] = {}
-    titles = []
+    titles, written = [], [f"maps.{args.format}", f"maps.{args.animation}"]
     for number, (source, model) in enumerate(zip(sources, models, strict=True), 1):
         clip, _ = test_dataset([Record(args.video, 0)], model.config)[0]
         frames = unnormalise(clip, model.config.mean, model.config.std)
@@ -93,11 +94,13 @@ def run(args: argparse.Namespace) -> int:
             print(f"  no excitation maps: {error}")
             continue
         if masks := mask_rows(gates, frames):
-            figure({"input": frames, **masks}, args.out / f"masks_{number}.{args.format}", title=titles[-1])
+            written.append(f"masks_{number}.{args.format}")
+            figure({"input": frames, **masks}, args.out / written[-1], title=titles[-1])
         if any(g.ndim == 3 for site in gates for g in site.gates.values()):
-            attention(gates, args.out / f"attention_{number}.{args.format}")
+            written.append(f"attention_{number}.{args.format}")
+            attention(gates, args.out / written[-1])
     shown = "" if target is None else f"\nmaps of {args.target!r}"
-    figure(rows, args.out / f"maps.{args.format}", title="\n".join(titles) + shown)
-    animation(rows, args.out / f"maps.{args.animation}")
-    print(f"wrote {', '.join(sorted(p.name for p in args.out.iterdir()))} to {args.out}")
+    figure(rows, args.out / written[0], title="\n".join(titles) + shown)
+    animation(rows, args.out / written[1])
+    print(f"wrote {', '.join(sorted(written))} to {args.out}")
     return 0

@@ -5,6 +5,7 @@ import json
 import sys
 
 from ...video import VideoError
+from ..distributed import choose_device
 from ..evaluate import parse_protocol
 from ..recognizer import Recognizer
 from . import add_device_argument
@@ -27,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     parse_protocol(args.protocol)
     if args.top < 1:
         raise ValueError(f"--top must be at least 1, got {args.top}")
-    recognizer = Recognizer.from_checkpoint(args.checkpoint, args.device or "cpu")
+    recognizer = Recognizer.from_checkpoint(args.checkpoint, choose_device(args.device))
     failed = False
     for video in args.video:
         try:

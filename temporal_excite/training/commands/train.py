@@ -55,7 +55,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--flip",
         choices=("auto", "none", "plain", "swap"),
         default="auto",
-        help="mirrored clips: auto swaps the labels where class names say left and right (default: auto)",
+        help="mirrored clips: auto swaps the labels where class names say left and right, and mirrors none "
+        "where they are only numbers (default: auto)",
     )
     change = parser.add_argument_group("instead of the recipe's values")
     change.add_argument("--epochs", type=int, metavar="N", help="milestones move along in proportion")
@@ -147,5 +148,6 @@ def _changed(recipe: Recipe, args: argparse.Namespace) -> Recipe:
     changes = {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.epochs is not None:
         changes["epochs"] = args.epochs
-        changes["milestones"] = tuple(round(m * args.epochs / recipe.epochs) for m in recipe.milestones)
+        moved = {max(1, round(m * args.epochs / recipe.epochs)) for m in recipe.milestones}
+        changes["milestones"] = tuple(sorted(moved))  # one at or after the end never acts
     return replace(recipe, **changes)
