@@ -775,6 +775,12 @@ def test_unknown_backbone_names_similar_ones():
         build_model(dataclasses.replace(CONFIG, backbone="resnet5"))
 
 
+def test_what_timm_refuses_is_named():
+    config = dataclasses.replace(CONFIG, backbone="resnet18", backbone_args={"output_stride": 7})
+    with pytest.raises(ValueError, match=r"timm does not build 'resnet18' with \{'output_stride': 7\}"):
+        build_model(config)
+
+
 # ---- evaluation
 
 

@@ -75,8 +75,8 @@ class ModelConfig:
 def build_model(config: ModelConfig, pretrained: bool = False) -> VideoClassifier:
     """The model a config describes, with new weights, or timm's pretrained ones in the backbone.
 
-    Raises ``ValueError`` for a backbone timm does not know, naming similar ones, and whatever
-    :func:`~temporal_excite.inject` raises.
+    Raises ``ValueError`` for a backbone timm does not know, naming similar ones, or refuses to build, and
+    whatever :func:`~temporal_excite.inject` raises.
     """
     if not is_model(config.backbone):
         import difflib
@@ -84,9 +84,13 @@ def build_model(config: ModelConfig, pretrained: bool = False) -> VideoClassifie
         similar = difflib.get_close_matches(config.backbone, timm.list_models(), n=4)
         hint = f"; similar: {', '.join(similar)}" if similar else "; timm.list_models() lists them"
         raise ValueError(f"timm has no model {config.backbone!r}{hint}")
-    backbone = timm.create_model(
-        config.backbone, pretrained=pretrained, num_classes=config.num_classes, **config.backbone_args
-    )
+    try:
+        backbone = timm.create_model(
+            config.backbone, pretrained=pretrained, num_classes=config.num_classes, **config.backbone_args
+        )
+    except AssertionError as error:  # timm's way to refuse some values
+        given = dict(config.backbone_args)
+        raise ValueError(f"timm does not build {config.backbone!r} with {given}: {error}") from error
     if config.module is not None:
         inject(backbone, config.module, config.n_segment, **config.module_args)
     model = VideoClassifier(backbone, n_segment=config.n_segment, dropout=config.dropout)
