@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -322,7 +323,8 @@ def _mean(x: Tensor, dims: tuple[int, ...], count: int, keepdim: bool = False) -
 
 def has_hooks(layer: nn.Module) -> bool:
     """Whether calling a layer does more than its ``forward``."""
-    return bool(layer._forward_pre_hooks or layer._forward_hooks)
+    hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
+    return any(map(len, hooks))
 
 
 def read_as_called(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
@@ -337,6 +339,16 @@ def weight_of(layer: nn.Module) -> Tensor:
             hook(layer, ())
     weight: Tensor = layer.weight  # type: ignore[assignment]
     return weight
+
+
+def taps_of(conv: nn.Module) -> Tensor:
+    """The weight of a temporal convolution that is never called, ``(C_out, C, 3)``."""
+    if type(conv) is not nn.Conv1d and not is_parametrized(conv):
+        raise TypeError(
+            f"{type(conv).__name__} took the place of a temporal convolution, of which only the weight is "
+            "used: change that by torch.nn.utils.parametrize"
+        )
+    return weight_of(conv)
 
 
 def pointwise(conv: nn.Module, x: Tensor) -> Tensor:

@@ -98,13 +98,17 @@ _REPEATABLE = nn.Conv1d, nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity
 
 
 def _repeats(module: nn.Module) -> bool:
-    """Whether a second run gives the same, and nobody notices it: all parts are known, and without hooks."""
+    """Whether a copy's run gives the same, and nobody notices it: all parts are known, without hooks, and
+    hold nothing of others' making, such as FSDP's views of its parameters or a method bound to them."""
     for part in module.modules():
-        kind = type(part)
+        kind, own = type(part), _own_parameters(part)
         known = kind in _REPEATABLE or kind.__module__.startswith(f"{__package__}.")
         fixed = (isinstance(part, _BatchNorm) and not part.training) or kind.__name__ == "FrozenBatchNorm2d"
         if not (known or fixed) or (part is not module and has_hooks(part)):
             return False
+        for name, value in vars(part).items():
+            if (isinstance(value, Tensor) and name not in own) or (callable(value) and hasattr(kind, name)):
+                return False
     return True
 
 

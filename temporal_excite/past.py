@@ -15,6 +15,11 @@ from torch import Tensor, nn
 
 from .ops import positive_int, traced
 
+CHANGED = (
+    "other modules ran in this step than those the state is of: make a new Stream after inject, eject or any "
+    "other change of the network"
+)
+
 
 class Step:
     """One frame of each stream; while entered, :func:`current` in this thread.
@@ -45,6 +50,11 @@ class Step:
         """Where ``blank``, the module that each key is of."""
         self._versions: dict[str, tuple[Tensor, int | None]] = {}
         self._before: Step | None = None
+
+    def check(self, module: Any) -> None:
+        """Raise a ``RuntimeError`` unless the network had this module, causal, when the state was made."""
+        if module not in self.names or not module.causal:
+            raise RuntimeError(CHANGED)
 
     def past(self, module: nn.Module, x: Tensor, steps: int, name: str) -> list[Tensor]:
         """``x`` of 1 to ``steps`` frames ago, and ``x`` itself into what the step leaves."""

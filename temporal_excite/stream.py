@@ -11,7 +11,7 @@ from .classifier import VideoClassifier
 from .injection import sites
 from .modules.base import TemporalModule, is_causal
 from .ops import autocast_dtype, positive_int
-from .past import Step, blank_frame, check_evaluating, kind_of, rehearse
+from .past import CHANGED, Step, blank_frame, check_evaluating, kind_of, rehearse
 
 State = dict[str, Tensor]
 """What a stream remembers: tensors whose dimension 0 is the stream, all zero before the first frame."""
@@ -232,10 +232,7 @@ class StreamStep(nn.Module):
             logits = self.model(frames)
         new = {**self._consensus(logits, state), **step.left}
         if new.keys() != state.keys():
-            raise RuntimeError(
-                "other modules ran in this step than those the state is of: make a new Stream after inject, "
-                "eject or any other change of the network"
-            )
+            raise RuntimeError(CHANGED)
         return logits, new
 
     def _consensus(self, logits: Tensor, state: Mapping[str, Tensor]) -> State:

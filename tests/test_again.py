@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import gc
+import types
 import weakref
 
 import pytest
@@ -313,7 +315,25 @@ def listened(model):
             layer.register_forward_hook(lambda layer, args, y: y + torch.rand(1))
 
 
-@pytest.mark.parametrize("change", [adapted, normed, listened])
+def viewed(model):
+    """As FSDP has it: what was a parameter is an attribute, a view of a flat one."""
+    for part in list(model.modules()):
+        for name, parameter in list(part._parameters.items()):
+            if parameter is not None and isinstance(part, nn.Conv1d | nn.Conv2d | te.STE):
+                del part._parameters[name]
+                part.register_parameter(f"flat_{name}", nn.Parameter(parameter.detach().flatten()))
+                setattr(part, name, part._parameters[f"flat_{name}"].view_as(parameter))
+
+
+def bound(model):
+    """Methods of the instance, as libraries set them to run something around."""
+    for module in [m for m in model.modules() if isinstance(m, te.ActionModule)]:
+        module.me.norm.forward = types.MethodType(nn.BatchNorm2d.forward, module.me.norm)
+        module.shift.forward = module.shift.forward
+        module.ste.gate = module.ste.gate
+
+
+@pytest.mark.parametrize("change", [adapted, normed, listened, viewed, bound])
 def test_parts_that_differ_when_run_again(change):
     x, found = torch.randn(8, 3, 6, 5, dtype=torch.float64), []
     for fast in (True, False):
@@ -323,6 +343,38 @@ def test_parts_that_differ_when_run_again(change):
         found.append(gradients(model.double(), x))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9 * max(1, b.abs().max()))
+
+
+def test_backward_hooks_of_parts_get_the_parts():
+    model, seen = network(), []
+    for module in [m for m in model.modules() if isinstance(m, te.ActionModule)]:
+        for part in (module.me.norm, module.me.squeeze, module.ce.expand):
+            part.register_full_backward_hook(lambda part, *_: seen.append(part))
+    model(torch.randn(8, 3, 6, 5, dtype=torch.float64)).sum().backward()
+    assert len(seen) == 6 and set(seen) <= set(model.modules())
+
+
+def test_outputs_kept_on_a_module_are_let_go():
+    model, outputs = network(), []
+    module = model[1].conv.temporal
+    module.register_forward_hook(lambda module, args, y: setattr(module, "features", y))
+    for _ in range(3):
+        model(torch.randn(8, 3, 6, 5, dtype=torch.float64)).sum().backward()
+        outputs.append(weakref.ref(module.features))
+    gc.collect()
+    assert [ref() is None for ref in outputs] == [True, True, False]
+
+
+@pytest.mark.parametrize("name", ["ce.temporal", "reduce", "expand"])
+def test_a_replaced_temporal_convolution_is_an_error(name):
+    class Other(nn.Conv1d):
+        pass
+
+    module = te.ActionModule(8, 4) if "." in name else te.TEModule(8, 4)
+    conv = module.get_submodule(name)
+    module.set_submodule(name, Other(conv.in_channels, conv.out_channels, 3, padding=1, bias=False))
+    with pytest.raises(TypeError, match=r"Other took the place of .*torch\.nn\.utils\.parametrize"):
+        module(torch.randn(4, 8, 3, 3))
 
 
 def pruned(layer):

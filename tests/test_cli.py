@@ -230,6 +230,13 @@ def test_pretrained_folder_and_hub(trained, tmp_path, monkeypatch):
         again = Recognizer.from_checkpoint(source)
         assert again.config.to_dict() == recognizer.config.to_dict()
         assert torch.equal(again.scores(video), recognizer.scores(video))
+    with pytest.raises(ValueError, match="top must be at least 1, got 0"):
+        again(video, 0)
+    block = recognizer.model.model.layer2[0]
+    block.bn1.bias = block.bn1.weight  # one tensor for two
+    recognizer.save_pretrained(tmp_path / "tied")
+    again = Recognizer.from_checkpoint(tmp_path / "tied")
+    assert torch.equal(again.scores(video), recognizer.scores(video))
     (hub / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="no model of temporal-excite"):
         Recognizer.from_checkpoint(hub)

@@ -409,6 +409,22 @@ def test_bad_models():
         te.Stream(timm.create_model("resnet10t", features_only=True).eval()).initial_state(1, (3, 32, 32))
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_modules_that_came_later(causal):
+    model = timm.create_model("resnet10t", num_classes=3, channels=(16, 16, 32, 32)).eval()
+    for injected in (False, True):
+        if injected:
+            te.inject(model, "shift", n_segment=4, causal=True)
+        stream = te.Stream(model)
+        state = stream.initial_state(2, (3, 32, 32))
+        if injected:
+            te.eject(model)
+        te.inject(model, "tsm", n_segment=2, causal=causal)
+        with pytest.raises(RuntimeError, match="make a new Stream after inject"):
+            stream.step(torch.randn(2, 3, 32, 32), state)
+        te.eject(model)
+
+
 def test_bad_steps_leave_the_state_alone():
     stream, video = small(window=3), frames(2, 2)
     _, second = (stream(f).logits for f in video)

@@ -29,6 +29,7 @@ from ..ops import (
     spatial_mean,
     squeeze,
     step_ahead,
+    taps_of,
     to_clips,
     traced,
     weight_of,
@@ -142,7 +143,7 @@ class CE(Excitation):
     def gate_of_mean(self, mean: Tensor) -> Tensor:
         """The mask for frames whose spatial mean is ``mean``, ``(N*T, C)``; to be called without autocast."""
         pooled = pointwise(self.squeeze, mean)
-        mixed = apply_taps(self.tap_frames(pooled, "squeezed"), weight_of(self.temporal))
+        mixed = apply_taps(self.tap_frames(pooled, "squeezed"), taps_of(self.temporal))
         return pointwise(self.expand, self.act(mixed)).sigmoid()[..., None, None]
 
 

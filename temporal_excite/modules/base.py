@@ -36,8 +36,10 @@ class TemporalModule(nn.Module):
 
     def check(self, x: Tensor) -> None:
         """Raise a ``ValueError`` unless ``x`` is ``(N*n_segment, channels, H, W)``; in a step of a stream
-        any number of frames, one a stream."""
-        check_frames(x, 1 if past.current() else self.n_segment, self.channels)
+        any number of frames, one a stream, and a ``RuntimeError`` unless the step is this module's."""
+        if step := past.current():
+            step.check(self)
+        check_frames(x, 1 if step else self.n_segment, self.channels)
 
     def past(self, x: Tensor, steps: int = 1, name: str = "x") -> list[Tensor]:
         """``x`` of 1 .. ``steps`` frames ago, latest first; zeros before a clip's or a stream's first frame.

@@ -14,7 +14,7 @@ from ..ops import (
     positive_int,
     spatial_mean,
     sum_taps,
-    weight_of,
+    taps_of,
 )
 from .base import TemporalModule
 from .registry import register_module
@@ -95,8 +95,8 @@ class TEModule(TemporalModule):
 
     def _gate(self, mean: Tensor, earlier: list[Tensor]) -> Tensor:
         near = [earlier[1], earlier[0], mean] if self.causal else self.tap_frames(mean)
-        squeezed = apply_taps(near, weight_of(self.reduce))
-        expanded = apply_taps(self.tap_frames(squeezed, "squeezed"), weight_of(self.expand))
+        squeezed = apply_taps(near, taps_of(self.reduce))
+        expanded = apply_taps(self.tap_frames(squeezed, "squeezed"), taps_of(self.expand))
         return expanded.sigmoid()[..., None, None]
 
     def check_n_segment(self, n_segment: int) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..classifier import VideoClassifier
 from ..injection import sites
 from ..modules.base import is_causal
+from ..ops import positive_int
 from ..stream import Stream
 from ..video import Record
 from .checkpoint import CheckpointError, ModelConfig, build_model, load_model, load_weights
@@ -104,7 +105,7 @@ class Recognizer:
         return LiveRecognizer(self, window)
 
     def _best(self, scores: Tensor, top: int) -> list[Prediction]:
-        best = scores.topk(min(top, self.config.num_classes))
+        best = scores.topk(min(positive_int("top", top), self.config.num_classes))
         return [
             Prediction(self.config.labels[i], score)
             for i, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)
@@ -131,7 +132,8 @@ class Recognizer:
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        state = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
+        # copies, as safetensors takes no tensors that share memory
+        state = {k: v.detach().cpu().contiguous().clone() for k, v in self.model.state_dict().items()}
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
         config = {
             # timm's fields
