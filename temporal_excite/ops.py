@@ -85,12 +85,16 @@ def to_clips(x: Tensor, n_segment: int) -> Tensor:
 
 def previous(frames: Tensor, n_segment: int, steps: int = 1) -> Tensor:
     """Frames moved so that frame t of a clip holds frame t - ``steps``; the first ones are zero."""
-    return _zeroed(_moved(frames, n_segment, steps), n_segment, range(min(steps, n_segment)))
+    return following(frames, n_segment, -steps)
 
 
 def following(frames: Tensor, n_segment: int, steps: int = 1) -> Tensor:
-    """Frames moved so that frame t of a clip holds frame t + ``steps``; the last ones are zero."""
-    return _zeroed(_moved(frames, n_segment, -steps), n_segment, range(max(0, n_segment - steps), n_segment))
+    """Frames moved so that frame t of a clip holds frame t + ``steps``; the last ones are zero, or the first
+    where ``steps`` is negative."""
+    if not steps:
+        return frames
+    vacant = range(max(0, n_segment - steps), n_segment) if steps > 0 else range(min(-steps, n_segment))
+    return _zeroed(_moved(frames, n_segment, -steps), n_segment, vacant)
 
 
 def step_ahead(later: Tensor, now: Tensor, n_segment: int) -> Tensor:

@@ -215,7 +215,7 @@ def temporal_conv(x: Tensor, weight: Tensor, n_segment: int, causal: bool = Fals
 def _conv_of(x: Tensor, weight: Tensor, n_segment: int, offset: int) -> Tensor:
     """:func:`temporal_conv`, tap k of frame ``t + k - 1 + offset``."""
     if traced():
-        return ops.apply_taps([_ahead(x, n_segment, d) for _, d in _steps(offset)], weight)
+        return ops.apply_taps([following(x, n_segment, d) for _, d in _steps(offset)], weight)
     if not needs_grad(x, weight):
         return _temporal_conv(x, weight, n_segment, offset, memory.empty_like)
     version = weight._version
@@ -365,15 +365,8 @@ def _adjoint(weight: Tensor, n_segment: int, offset: int) -> Tensor:
     """Taps in reverse order; where each frame has its own, those by which it went to others."""
     if weight.ndim == 3:
         return weight.flip(-1)
-    taps = [_ahead(weight[..., k], n_segment, -d) for k, d in _steps(offset)]
+    taps = [following(weight[..., k], n_segment, -d) for k, d in _steps(offset)]
     return torch.stack(taps[::-1], -1)
-
-
-def _ahead(frames: Tensor, n_segment: int, steps: int) -> Tensor:
-    """Frames moved so that frame t of a clip holds frame t + ``steps``."""
-    if steps > 0:
-        return following(frames, n_segment, steps)
-    return previous(frames, n_segment, -steps) if steps else frames
 
 
 def _steps(offset: int) -> Iterator[tuple[int, int]]:

@@ -62,6 +62,12 @@ def network(module="action", channels=8, n_segment=4, dtype=torch.float64, **kwa
     return model.to(dtype)
 
 
+def close(found, expected):
+    """Two lists of tensors of float64."""
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9 * max(1, b.abs().max()))
+
+
 def gradients(model, x):
     """Of the input and all parameters, and the buffers after the step."""
     x = x.detach().requires_grad_()
@@ -88,8 +94,7 @@ def test_gradients_are_those_of_the_published_form(
     if last:
         x = x.contiguous(memory_format=torch.channels_last)
     plain = te.set_fast(copy.deepcopy(model), False)
-    for found, expected in zip(gradients(model, x), gradients(plain, x), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9 * max(1, expected.abs().max()))
+    close(gradients(model, x), gradients(plain, x))
 
 
 @pytest.mark.parametrize(("backbone", "module"), NETWORKS)
@@ -119,8 +124,7 @@ def test_me_needs_its_result_alone(memory_format):
     te.inject(model, "tea", n_segment=4).double().train().to(memory_format=memory_format)
     plain = te.set_fast(copy.deepcopy(model), False)
     x = torch.randn(8, 3, 28, 36, dtype=torch.float64).contiguous(memory_format=memory_format)
-    for found, expected in zip(gradients(model, x), gradients(plain, x), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9 * max(1, expected.abs().max()))
+    close(gradients(model, x), gradients(plain, x))
 
 
 def test_nothing_holds_the_output(monkeypatch):
@@ -152,8 +156,7 @@ def test_twice_and_of_gradients(module):
         for a, b in zip(once, again, strict=True):
             assert torch.equal(a, b)
         results.append([*once, *second])
-    for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9 * max(1, expected.abs().max()))
+    close(*results)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -229,8 +232,7 @@ def test_weights_lent_for_a_call(module):
         torch.autograd.grad(functional_call(m, weights, x).square().sum(), list(weights.values()))
         for m in (model, plain)
     )
-    for a, b in zip(spared, published, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9 * max(1, b.abs().max()))
+    close(spared, published)
 
 
 @pytest.mark.parametrize("module", ["action", "me", "tea_me"])
@@ -255,8 +257,7 @@ def test_clips_of_another_length_before_backward(module):
         loss = loss + model(x).square().sum()
         te.set_n_segment(model, 8)
         grads.append(torch.autograd.grad(loss, list(model.parameters())))
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9 * max(1, b.abs().max()))
+    close(*grads)
 
 
 @pytest.mark.parametrize("create_graph", [False, True])
@@ -271,8 +272,7 @@ def test_hooks_of_tensors_run_once(module, create_graph):
         loss = model(x).square().sum()
         found = torch.autograd.grad(loss, list(model.parameters()), create_graph=create_graph)
         grads.append([g.detach() for g in found])
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9 * max(1, b.abs().max()))
+    close(*grads)
 
 
 def test_the_module_is_left_alone_while_a_copy_runs_again(monkeypatch):
@@ -341,8 +341,7 @@ def test_parts_that_differ_when_run_again(change):
         change(model)
         torch.manual_seed(1)
         found.append(gradients(model.double(), x))
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9 * max(1, b.abs().max()))
+    close(*found)
 
 
 def test_backward_hooks_of_parts_get_the_parts():
@@ -406,8 +405,7 @@ def test_weights_made_at_each_call(module, change):
         with torch.no_grad():
             found.append([other.eval()(x), *model.state_dict().values()])
             assert torch.equal(found[-1][0], model.eval()(x))
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9 * max(1, b.abs().max()))
+    close(*found)
 
 
 def test_what_hooks_make_of_the_input_counts():
@@ -441,8 +439,7 @@ def test_input_without_a_gradient(module):
     x = torch.randn(8, 8, 6, 5, dtype=torch.float64)
     plain = te.set_fast(copy.deepcopy(model), False)
     grads = [torch.autograd.grad(m(x).square().sum(), list(m.parameters())) for m in (model, plain)]
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9 * max(1, b.abs().max()))
+    close(*grads)
 
 
 def test_graph_of_gradients_after_a_pass_without():
@@ -506,5 +503,4 @@ def test_behind_a_norm_that_changes_nothing_is_lost():
         model = network("tea_me", placement="loc4").train(training)
         x = torch.randn(8, 3, 6, 5, dtype=torch.float64)
         plain = te.set_fast(copy.deepcopy(model), False)
-        for a, b in zip(gradients(model, x), gradients(plain, x), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9 * max(1, b.abs().max()))
+        close(gradients(model, x), gradients(plain, x))

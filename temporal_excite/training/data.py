@@ -108,7 +108,6 @@ def _class_folders(folder: Path, labels: Sequence[str] | str | Path | None) -> t
         from ..video import read_labels
 
         labels = read_labels(labels)
-    given = labels is not None
     names = list(labels) if labels is not None else classes
     if unknown := [name for name in classes if name not in names]:
         raise ValueError(f"{folder}: the folder {unknown[0]!r} is none of the {len(names)} classes")
@@ -130,7 +129,7 @@ def _class_folders(folder: Path, labels: Sequence[str] | str | Path | None) -> t
         )
     if not records:
         raise ValueError(f"{folder}: no videos in its {len(classes)} class folders")
-    if empty and not given:
+    if empty and labels is None:
         raise ValueError(
             f"{folder}: no videos in the class folder {empty[0]!r}: remove it, "
             "or give the class names (--labels)"

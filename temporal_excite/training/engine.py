@@ -2,14 +2,12 @@
 
 import contextlib
 import math
-import signal
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from ..classifier import VideoClassifier
 from .checkpoint import CheckpointError, ModelConfig, load_weights, read_checkpoint, save_checkpoint
-from .distributed import TrainBatches, World, ignore_sigterm, join_world, mix
+from .distributed import TrainBatches, World, ignore_sigterm, join_world, mix, on_sigterm
 from .evaluate import Evaluation, evaluate
 from .optim import create_optimizer, create_schedule, freeze_batch_norm
 from .progress import RunLog, forget_after
@@ -201,7 +199,8 @@ class _Run:
     def fit(self, on_epoch: Callable[[int, Evaluation], None] | None) -> RunResult:
         result = None
         last = self.output / "last.pt"
-        with _termination() as asked:
+        asked = threading.Event()
+        with on_sigterm(asked.set):
             while self.epoch < self.recipe.epochs:
                 started = time.perf_counter()
                 if not self._train_epoch(asked):
@@ -432,21 +431,3 @@ def _prepare(output: Path, resume: bool, world: World) -> bool:
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """Tuples as lists, as a loaded checkpoint has them."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-
-
-@contextlib.contextmanager
-def _termination() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets while the block runs."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-
-    def ask(signum: int, frame: FrameType | None) -> None:
-        asked.set()
-
-    before = signal.signal(signal.SIGTERM, ask)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -133,7 +133,10 @@ class Recognizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         # copies, as safetensors takes no tensors that share memory
-        state = {k: v.detach().cpu().contiguous().clone() for k, v in self.model.state_dict().items()}
+        state = {
+            k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for k, v in self.model.state_dict().items()
+        }
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
         config = {
             # timm's fields

@@ -5,20 +5,19 @@ import json
 import signal
 import statistics
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from ...video import play
-from ..distributed import choose_device
+from ..distributed import choose_device, on_sigterm
 from ..recognizer import Recognizer
 from . import add_device_argument
 
@@ -70,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     spent: list[float] = []
     try:
         with (
-            _sigterm_ends(),
+            on_sigterm(_end),  # as an exception, so that the overlay is closed
             play(args.source, args.fps) as video,
             _Overlay(args.overlay, video.rate) as overlay,
         ):
@@ -97,21 +96,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-@contextmanager
-def _sigterm_ends() -> Iterator[None]:
-    """While the block runs SIGTERM ends it as an exception, so that the overlay is closed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(signum: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + signum)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _end() -> None:
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def _summarise(ms: Sequence[float]) -> None:
