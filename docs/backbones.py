@@ -48,6 +48,12 @@ TAIL = """
   convolutions and norms (`torch.fx.experimental.optimization.fuse`, `quantize_fx`) do not see the modules on them and lose
   them without a word: use `torch.export`.
 - `torch.jit.script` does not take networks with Python hooks; `torch.compile` and `torch.export` do.
+- `torch.export` of networks for any number of clips: trace two or more, of one it makes a constant. With
+  `dynamic_shapes=({0: 8 * torch.export.Dim("clips", min=1, max=64)},)` the program then takes 1 to 64 clips of 8 frames
+  (`pytest tests/test_injection.py -k export`).
+- `torch.func`, `torch.vmap` and forward-mode differentiation work (`pytest tests/test_transforms.py`). PyTorch's older vmap,
+  behind `torch.autograd.grad(..., is_grads_batched=True)` and `torch.autograd.functional.jacobian(..., vectorize=True)`,
+  cannot be told from a plain call: use `torch.func.jacrev`, or `set_fast(model, False)`.
 """
 
 

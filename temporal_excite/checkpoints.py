@@ -55,7 +55,7 @@ _LAYOUTS: dict[type[nn.Module] | str, ModuleLayout] = {
             "me.transform": "action_p3_conv1",
             "me.expand": "action_p3_expand",
         },
-        requires={"identity_start": False, "relu": True},
+        requires={"identity_start": False, "relu": True, "causal": False},
     ),
     "me": ModuleLayout(
         {
@@ -68,12 +68,16 @@ _LAYOUTS: dict[type[nn.Module] | str, ModuleLayout] = {
         at="{block}.me",
         wraps=False,
         placement="me",
-        requires={"me.form": "released", "me.residual": True},
+        requires={"me.form": "released", "me.causal": False},
     ),
     # the temporal convolution itself, or PartConv's
     **{
         f"mta.{part}": ModuleLayout(
-            {"": "conv", "conv": "conv"}, f"{{block}}.shifts.{part - 1}", wraps=False, placement=f"mta.{part}"
+            {"": "conv", "conv": "conv"},
+            f"{{block}}.shifts.{part - 1}",
+            wraps=False,
+            placement=f"mta.{part}",
+            requires={"causal": False},
         )
         for part in (1, 2, 3, 4)
     },
@@ -88,8 +92,8 @@ def load_released(model: Model, checkpoint: str | os.PathLike[str] | Mapping[str
     absent. Names may start with ``module.`` and ``base_model.``. Where the released networks hold a tensor
     twice (BNInception's ``shift_*.net`` is the next convolution), one is enough; two must be equal.
 
-    A checkpoint does not tell everything: ``n_segment`` and ``shift_div`` must be those it was trained with,
-    and TSN's and TSM's BNInception have the same keys.
+    A checkpoint does not tell everything: ``n_segment``, ``shift_div`` and, of a TSM, ``causal`` must be what
+    it was trained with, and TSN's and TSM's BNInception have the same keys.
 
     Args:
         model: timm's ``resnet*``, ``res2net50_26w_4s``, ``mobilenetv2_*`` or ``bninception`` with the
@@ -138,7 +142,7 @@ def load_released(model: Model, checkpoint: str | os.PathLike[str] | Mapping[str
     known = {name for names in expected.values() for name in names}
     problems["not the model's"] = [name for name in given if name not in known]
     if any(problems.values()):
-        raise ValueError(_complaint(inner, problems, given, expected))
+        raise ValueError(_complaint(inner, problems, given))
     inner.load_state_dict({**state, **filled})
     return model
 
@@ -286,6 +290,10 @@ def _tensors(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str
             raise ValueError(
                 f"{source} holds no state dict: {key!r} is a {type(value).__name__}, not a tensor"
             )
+        if not has_values(value):
+            raise ValueError(
+                f"{source} has {key!r} as {value.dtype}, {value.layout}, on {value.device}: no plain numbers"
+            )
         name = key.removeprefix("module.").removeprefix("base_model.")
         if name in tensors:
             raise ValueError(f"{source} holds {name!r} twice, with and without a prefix")
@@ -295,28 +303,33 @@ def _tensors(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str
     return tensors
 
 
+def has_values(x: Tensor) -> bool:
+    """Whether a tensor can fill another, losing nothing but precision."""
+    plain = x.layout is torch.strided and not (x.is_meta or x.is_quantized)
+    return plain and x.dtype is not torch.bool and not x.is_complex()
+
+
 def _read(path: str) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except pickle.UnpicklingError as error:
-        if "weights_only" in str(error).lower() or "weights only" in str(error).lower():
+        if "unsupported global" in str(error).lower():
             raise ValueError(
                 f"{path} is no checkpoint of tensors alone, and other Python objects are not loaded because "
                 "they can run code. Where you trust the file, pass "
                 "torch.load(path, map_location='cpu', weights_only=False)['state_dict'] instead"
             ) from error
-        raise ValueError(f"{path} is no PyTorch checkpoint, or a damaged one: {error}") from error
+        raise ValueError(f"{path} is no PyTorch checkpoint, or a damaged one") from error
     except Exception as error:  # torch.load raises whatever the broken bytes led to
-        raise ValueError(f"{path} is no PyTorch checkpoint, or a damaged one: {error}") from error
+        raise ValueError(f"{path} is no PyTorch checkpoint, or a damaged one: {error!r}") from error
 
 
 def _complaint(
     model: nn.Module,
     problems: dict[str, list[str]],
     given: Mapping[str, Tensor],
-    expected: Mapping[str, tuple[str, ...]],
 ) -> str:
     held = sites(model)
     ours = f"{type(model).__name__} with {_count(held)}"

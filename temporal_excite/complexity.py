@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ._text import columns
-from .injection import CHILD, sites
+from .injection import sites
 from .modules.base import set_fast
 from .ops import countable
 
@@ -23,7 +23,8 @@ CONVENTIONS = ("fvcore", "paper")
 
 _ACTIVATIONS = ("relu", "relu6", "hardtanh", "leaky_relu", "elu", "prelu")
 _POOLS = ("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d")
-_REARRANGING = ("unflatten", "pad", "tensor_split")  # those our code uses and fvcore does not know as free
+# those our code uses and fvcore does not know as free
+_REARRANGING = ("unflatten", "pad", "tensor_split", "le", "masked_fill_")
 
 
 @dataclass(frozen=True)
@@ -114,12 +115,13 @@ def count_all(model: nn.Module, clip_shape: Sequence[int], *, fast: bool = False
         )
     by_module, paper_only, unknown = _trace(model, (math.prod(shape[:-3]), *shape[-3:]), fast)
     parameters = sum(p.numel() for p in model.parameters())
+    held, names = sites(model), {module: name for name, module in model.named_modules()}
     found = {}
     for convention in CONVENTIONS:
         free = paper_only if convention == "fvcore" else Counter[str]()
         operators, *per_site = (
-            {name: int(n) for name, n in by_module[module].items() if name not in free}
-            for module in ("", *(f"{site.layer}.{CHILD}".lstrip(".") for site in sites(model)))
+            {name: int(n) for name, n in by_module[names[module]].items() if name not in free}
+            for module in (model, *(site.module for site in held))
         )
         found[convention] = Complexity(
             convention=convention,
@@ -137,7 +139,7 @@ def count_all(model: nn.Module, clip_shape: Sequence[int], *, fast: bool = False
                     parameters=site.parameters,
                     flops=sum(counted.values()),
                 )
-                for site, counted in zip(sites(model), per_site, strict=True)
+                for site, counted in zip(held, per_site, strict=True)
             ),
             skipped=dict(unknown + free),
         )
@@ -191,9 +193,8 @@ def _trace(
                 counts = analysis.by_module_and_operator()
         except Exception as error:
             raise ValueError(f"{type(model).__name__} fails on frames of shape {frames}: {error}") from error
-    canonical = {name: counts[analysis.canonical_module_name(name)] for name, _ in model.named_modules()}
     unknown = Counter({name.removeprefix("aten::"): n for name, n in analysis.unsupported_ops().items()})
-    return canonical, paper_only, unknown
+    return counts, paper_only, unknown
 
 
 def _twin(model: nn.Module, fast: bool) -> nn.Module:

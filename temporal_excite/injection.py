@@ -3,7 +3,7 @@
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar, overload
 
@@ -16,7 +16,7 @@ from ._text import columns
 from .again import Input
 from .hosts import PLACEMENTS, Block, find_blocks
 from .modules.base import TemporalModule, is_causal
-from .modules.registry import module_factory, module_names, network_plan
+from .modules.registry import module_factory, module_names, network_names, network_plan
 from .ops import positive_int
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -241,7 +241,8 @@ def inject(
 
     The model then takes frames ``(N*T, C, H, W)``, clip after clip, and the T frames of a clip see each
     other. Its own parameters, state-dict keys and outputs' shape stay; the modules' parameters appear as
-    ``<layer>.temporal.*``. Everything is decided before the model is touched: after an error it is as before.
+    ``<layer>.temporal.*``, in front of a container of layers as ``<block>.temporal.*``. Everything is decided
+    before the model is touched: after an error it is as before.
 
     Args:
         model: a timm model, or any module that holds known blocks.
@@ -254,8 +255,9 @@ def inject(
         stages: only blocks of these stages, e.g. ``(2, 3)`` for res2 and res3 (ACTION-Net, Table 4).
         include: only blocks whose name matches, a regular expression (``re.search``) or a callable.
         exclude: no block whose name matches.
-        every: every k-th block of a stage, starting with its first. Default: 2 in networks whose ``layer3``
-            holds 23 blocks or more, else 1, as the released TSM and ACTION-Net; always 1 for networks.
+        every: every k-th of the known blocks with the same parent, from its first; those without a shortcut
+            count too. Default: 2 in networks whose ``layer3`` holds 23 blocks or more, else 1, as the
+            released TSM and ACTION-Net; 1 for networks.
         causal: the modules' causal form, whose output at a frame never depends on later ones, for
             :class:`~temporal_excite.Stream`. The keyword goes to the module or network.
         **kwargs: for the module or network.
@@ -275,7 +277,8 @@ def inject(
     if plan is None:
         factory = module_factory(module) if isinstance(module, str) else module
         if not callable(factory):
-            raise TypeError(f"module must be one of {module_names()}, a class or a factory, got {module!r}")
+            names = [*module_names(), *network_names()]
+            raise TypeError(f"module must be one of {names}, a class or a factory, got {module!r}")
     positive_int("n_segment", n_segment)
     if placement not in (None, *PLACEMENTS):
         raise ValueError(f"unknown placement {placement!r}; known: {', '.join(PLACEMENTS)}")
@@ -294,15 +297,16 @@ def inject(
         _check_causal(plan or factory, module)
         kwargs["causal"] = True
     if plan:
-        insertions = plan(_select(model, stages, include, exclude, every or 1), n_segment, **kwargs)
+        blocks = _select(model, stages, include, exclude, 1 if every is None else every)
+        insertions = plan(blocks, n_segment, **kwargs)
     else:
         insertions = []
         for block in _select(model, stages, include, exclude, every):
             anchor = block.anchor(placement or "loc1")
-            _check_place(block, anchor)
             child = factory(block.channels(anchor), n_segment=n_segment, **kwargs)
             insertions.append(Insertion(block, anchor, placement or "loc1", child))
     for insertion in insertions:
+        _check_place(insertion.block, insertion.anchor)
         if not isinstance(insertion.module, nn.Module):
             raise TypeError(
                 f"{module!r} gave {insertion.module!r} for {insertion.block.name}, not a torch.nn.Module"
@@ -438,6 +442,16 @@ def _select(
     """The blocks an inject call means."""
     if every is not None:
         positive_int("every", every)
+    if stages is not None and not (isinstance(stages, Iterable) and all(isinstance(s, int) for s in stages)):
+        raise TypeError(f"stages must be numbers such as (2, 3), got {stages!r}")
+    for name, rule in (("include", include), ("exclude", exclude)):
+        if not (rule is None or isinstance(rule, str) or callable(rule)):
+            raise TypeError(f"{name} must be a regular expression or a callable, got {rule!r}")
+        if isinstance(rule, str):
+            try:
+                re.compile(rule)
+            except re.error as error:
+                raise ValueError(f"{name}={rule!r} is no regular expression: {error}") from error
     known = find_blocks(model)
     if not known:
         raise ValueError(f"no site in {type(model).__name__}: none of its modules is of a known block class")

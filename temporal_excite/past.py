@@ -7,7 +7,6 @@ present goes there. So both are the same lines of code.
 
 import threading
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ class Step:
     Args:
         names: of each module that may ask for a past.
         state: what the step before left.
-        copied: keys of tensors to keep as copies (see :meth:`changed`).
+        copied: keys of tensors to keep, and to hand out, as copies (see :meth:`changed`).
         blank: ``state`` holds no past, which is zero: to learn what modules keep.
     """
 
@@ -48,7 +47,7 @@ class Step:
         """Which streams are at their first frame, ``(B,)``."""
         self.owners: dict[str, nn.Module] = {}
         """Where ``blank``, the module that each key is of."""
-        self._versions: dict[str, tuple[Tensor, int | None]] = {}
+        self._versions: list[tuple[str, Tensor, int | None]] = []
         self._before: Step | None = None
 
     def check(self, module: Any) -> None:
@@ -64,43 +63,47 @@ class Step:
                 f"{self.names[module]} ran twice in one step: each site needs a module of its own"
             )
         past: list[Tensor] = []
+        latest = self._kept(prefix + "1", x)
         for k in range(1, steps + 1):
             key = f"{prefix}{k}"
-            self.left[key] = past[-1] if past else self._kept(key, x)
+            self.left[key] = latest
             if self.blank:
                 self.owners[key] = module
-                past.append(torch.zeros_like(x))
+                latest = torch.zeros_like(x)
+                self._watch(key, latest)
             else:
-                past.append(self.state[key])
+                latest = self.state[key]
+            past.append(latest.clone() if key in self.copied else latest)
         return past
 
     def changed(self, frames: Tensor) -> frozenset[str]:
         """Of a ``blank`` step that is over, the keys of tensors that are not the state's own: the network has
-        changed them since, or they are the caller's ``frames``."""
+        changed since what it kept or was handed as these, or they are the caller's ``frames``."""
         own = frames.untyped_storage().data_ptr()
         return frozenset(
             key
-            for key, (x, version) in self._versions.items()
+            for key, x, version in self._versions
             if version is None or x._version != version or x.untyped_storage().data_ptr() == own
         )
 
     def _kept(self, key: str, x: Tensor) -> Tensor:
         """``x``, without the memory around it where it is a part of a larger tensor."""
         if self.blank:
-            self._versions[key] = x, None if x.is_inference() else x._version
+            self._watch(key, x)
         if key in self.copied:
             return x.clone()
         if not traced() and x.untyped_storage().nbytes() > x.numel() * x.element_size():
             return x.clone()
         return x
 
+    def _watch(self, key: str, x: Tensor) -> None:
+        self._versions.append((key, x, None if x.is_inference() else x._version))
+
     def __enter__(self) -> "Step":
         self._before, _local.step = _local.step, self
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         _local.step = self._before
 
 
@@ -123,7 +126,8 @@ def check_evaluating(model: nn.Module) -> None:
     """Raise a ``RuntimeError`` that names the first module in training mode, if any."""
     for name, module in model.named_modules():
         if module.training:
-            raise RuntimeError(f"{type(module).__name__} {name!r} is in training mode: call model.eval()")
+            which = f"{type(module).__name__} {name!r}" if name else f"the {type(module).__name__}"
+            raise RuntimeError(f"{which} is in training mode: call model.eval()")
 
 
 def blank_frame(model: nn.Module, frame_shape: Sequence[int]) -> Tensor:

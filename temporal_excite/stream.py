@@ -6,6 +6,7 @@ from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from .classifier import VideoClassifier
 from .injection import sites
@@ -25,7 +26,8 @@ class StreamOutput(NamedTuple):
     logits: Tensor
     """Of the frame."""
     consensus: Tensor
-    """Running consensus: the mean of the logits of the last ``window`` frames, or of all since the start."""
+    """Running consensus: the mean of the logits of the last ``window`` frames, or of all since the start.
+    Not to be changed in place: it is part of the state."""
 
 
 class Stream:
@@ -58,14 +60,17 @@ class Stream:
         window: frames of the running consensus; None: all since the start.
 
     Raises:
-        TypeError: no module, or a compiled one: compile the step, ``stream.module.compile()``.
+        TypeError: no module, one of TorchScript, or a compiled one: compile the step,
+            ``stream.module.compile()``.
         ValueError: a temporal module is two-sided, or ``window`` is below 1.
         RuntimeError: the model is in training mode.
     """
 
     def __init__(self, model: nn.Module, window: int | None = None) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+            raise TypeError(
+                f"model must be a torch.nn.Module, not of TorchScript, got {type(model).__name__}"
+            )
         if hasattr(model, "_orig_mod"):
             raise TypeError(
                 "the model is compiled, which knows nothing of steps: Stream(model) of the plain one, then "
@@ -86,6 +91,7 @@ class Stream:
         # found once: a search in each step, with none of it in the caches by then, shows in the latency
         owned = ((m._parameters, name) for m in model.modules() for name in m._parameters)
         self._first = next(((own, name) for own, name in owned if own[name] is not None), None)
+        self._modal = [m for m in model.modules() if isinstance(m, _NormBase) or "Drop" in type(m).__name__]
         self._plans: dict[tuple[object, ...], _Blanks] = {}
         self._own: State | None = None
         self._own_shape = torch.Size()
@@ -135,10 +141,10 @@ class Stream:
 
         Raises:
             ValueError: frames or a state of another shape, dtype, device or model.
-            RuntimeError: the model is in training mode.
+            RuntimeError: the model, or a norm or dropout in it, is in training mode.
         """
         self._check_frames(frames)
-        if self.model.training:
+        if self.model.training or any(m.training for m in self._modal):
             check_evaluating(self.model)
         self._check_state(frames, state)
         return self.module(frames, state)
@@ -195,7 +201,8 @@ class Stream:
             if value.dtype != dtype or value.device != device:
                 raise ValueError(
                     f"state[{key!r}] is {value.dtype} on {value.device}, and needs to be {dtype} on "
-                    f"{device}: move the state with the model, and keep autocast as it was"
+                    f"{device}: move the state with the model and keep autocast as it was, or begin anew by "
+                    "initial_state(), or by reset() of a stream's own"
                 )
 
     def _kind(self) -> tuple[torch.device, torch.dtype]:
@@ -222,7 +229,7 @@ class StreamStep(nn.Module):
             m: name for name, m in model.named_modules() if isinstance(m, TemporalModule)
         }
         self.copied: frozenset[str] | None = None
-        """Keys of tensors that are no state's own: the network changes them later in the step."""
+        """Keys of tensors to copy: the network changes them later in the step."""
         self.eval()
 
     def forward(self, frames: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, State]:
@@ -233,7 +240,7 @@ class StreamStep(nn.Module):
         new = {**self._consensus(logits, state), **step.left}
         if new.keys() != state.keys():
             raise RuntimeError(CHANGED)
-        return logits, new
+        return logits, {key: new[key] for key in state}  # modules may run in another order
 
     def _consensus(self, logits: Tensor, state: Mapping[str, Tensor]) -> State:
         seen = state["frames"] + 1
@@ -254,17 +261,16 @@ class _Blank:
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
-    layout: torch.memory_format
+    channels_last: bool
 
     @classmethod
     def like(cls, value: Tensor) -> "_Blank":
         last = not value.is_contiguous() and value.is_contiguous(memory_format=torch.channels_last)
-        layout = torch.channels_last if last else torch.contiguous_format
-        return cls(value.shape[1:], value.dtype, value.device, layout)
+        return cls(value.shape[1:], value.dtype, value.device, last)
 
     def of(self, batch: int) -> Tensor:
         zeros = torch.zeros((batch, *self.shape), dtype=self.dtype, device=self.device)
-        return zeros.contiguous(memory_format=self.layout)
+        return zeros.contiguous(memory_format=torch.channels_last) if self.channels_last else zeros
 
 
 class _Blanks(dict[str, _Blank]):
@@ -324,7 +330,8 @@ def _frame_shape(model: nn.Module, given: Sequence[int] | None) -> tuple[int, ..
 
 def _reset(state: Mapping[str, Tensor], index: Index | None) -> State:
     gone = torch.zeros(len(state["frames"]), dtype=torch.bool, device=state["frames"].device)
-    gone[slice(None) if index is None else index] = True
+    # a tuple would be an index into several dimensions
+    gone[slice(None) if index is None else list(index) if isinstance(index, tuple) else index] = True
     return {key: value.masked_fill(gone.view(-1, *[1] * (value.ndim - 1)), 0) for key, value in state.items()}
 
 

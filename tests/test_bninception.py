@@ -149,3 +149,9 @@ def test_released_batch_norm_momentum():
     assert {m.momentum for m in BNInception(bn_momentum=0.1).modules() if isinstance(m, nn.BatchNorm2d)} == {
         0.1
     }
+
+
+def test_new_head_keeps_the_mode():
+    model = timm.create_model("bninception").eval()
+    model.reset_classifier(5)
+    assert not any(module.training for module in model.modules())

@@ -500,3 +500,36 @@ def test_caffe_named_imagenet_file(tmp_path):
     torch.testing.assert_close(model(x), reference(x), rtol=1e-4, atol=1e-5)
     assert checkpoint_filter_fn(model.state_dict(), model).keys() == model.state_dict().keys()
     te.load_released(our_bninception(), path)
+
+
+@pytest.mark.parametrize("module", ["action", "tea"])
+def test_causal_is_another_network(module):
+    with torch.device("meta"):
+        model = te.inject(
+            timm.create_model("res2net50_26w_4s" if module == "tea" else "resnet50"), module, causal=True
+        )
+    with pytest.raises(
+        ValueError, match=r"causal=True; the released networks compute the form with .*causal=False"
+    ):
+        te.load_released(model, {"a": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.to_sparse, lambda t: t.to("meta"), torch.Tensor.bool])
+def test_tensors_without_numbers(change):
+    model = timm.create_model("resnet18", num_classes=CLASSES)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    name = "layer3.0.conv2.weight"
+    with pytest.raises(ValueError, match=name):
+        te.load_released(model, before | {name: change(before[name])})
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "text", ["version https://git-lfs.github.com/spec/v1", "<!DOCTYPE html>", "hello", ""]
+)
+def test_downloads_that_failed(tmp_path, text):
+    path = tmp_path / "x.pth"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="no PyTorch checkpoint, or a damaged one") as caught:
+        te.load_released(timm.create_model("resnet18"), path)
+    assert "weights_only" not in str(caught.value)

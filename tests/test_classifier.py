@@ -265,3 +265,23 @@ def test_other_missing_packages_are_not_hidden():
     code = "import sys; sys.modules['temporal_excite.models.bninception'] = None; import temporal_excite"
     failed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert failed.returncode and "ModuleNotFoundError" in failed.stderr
+
+
+def test_given_n_segment_follows():
+    video = te.VideoClassifier(injected(n_segment=4), 4)
+    assert te.set_n_segment(video, 8).n_segment == 8
+
+
+def test_head_without_pre_logits():
+    class Net(nn.Module):
+        def forward_features(self, x):
+            return x
+
+        def forward_head(self, x):
+            return x
+
+        def get_classifier(self):
+            return nn.Linear(1, 1)
+
+    with pytest.raises(ValueError, match=r"forward_head\(\) without pre_logits"):
+        te.VideoClassifier(Net(), 2)

@@ -214,3 +214,15 @@ def test_efficiency():
             te.efficiency(*pair)
     with pytest.raises(TypeError):
         te.efficiency("5.3", 1)
+
+
+def test_module_in_front_of_a_container():
+    plain, model = timm.create_model("mixnet_s"), te.inject(timm.create_model("mixnet_s"), "shift", 2)
+    found = te.count(model, (2, 3, 32, 32))
+    assert sum(site.flops for site in found.sites) == found.flops - te.count(plain, (2, 3, 32, 32)).flops > 0
+
+
+def test_shift_does_no_arithmetic():
+    plain = timm.create_model("resnet18")
+    skipped = te.count(plain, (8, 3, 32, 32)).skipped
+    assert te.count(te.inject(plain, "tsm"), (8, 3, 32, 32)).skipped == skipped

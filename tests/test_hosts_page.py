@@ -25,3 +25,7 @@ def test_classes_have_not_drifted():
     page = (DOCS / "backbones.md").read_text(encoding="utf-8")
     for path, host in known_hosts().items():
         assert backbones.class_row(path, host) in page
+
+
+def test_text_has_not_drifted():
+    assert (DOCS / "backbones.md").read_text().endswith(backbones.TAIL)

@@ -389,3 +389,42 @@ def test_models_without_sites():
         te.inject(nn.Sequential(nn.Conv2d(3, 8, 3)))
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got str"):
         te.inject("resnet50")
+
+
+def test_every_of_networks():
+    with torch.device("meta"):
+        with pytest.raises(ValueError, match="every must be"):
+            te.inject(timm.create_model("resnet50"), "mta", every=0)
+        assert len(te.sites(te.inject(timm.create_model("resnet50"), "mta", every=2))) == 9
+
+
+def test_taken_name_in_networks():
+    with torch.device("meta"):
+        model = timm.create_model("resnet50")
+    model.layer4[0].conv2.temporal = 1
+    with pytest.raises(ValueError, match="of its own"):
+        te.inject(model, "2plus1d")
+    assert not te.sites(model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"stages": 2}, TypeError),
+        ({"include": ["layer1"]}, TypeError),
+        ({"exclude": 5}, TypeError),
+        ({"include": "["}, ValueError),
+    ],
+    ids=str,
+)
+def test_arguments_of_a_wrong_kind(arguments, error):
+    model = build()
+    with pytest.raises(error, match=next(iter(arguments))):
+        te.inject(model, "tsm", T, **arguments)
+    assert not te.sites(model)
+
+
+def test_registered_must_be_callable():
+    with pytest.raises(TypeError, match="'mine' needs something to call, got 5"):
+        te.register_module("mine", 5)
+    assert "mine" not in te.module_names()

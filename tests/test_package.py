@@ -1,3 +1,4 @@
+import ast
 import importlib.metadata
 import re
 import subprocess
@@ -87,3 +88,43 @@ def test_ci_runs_the_commands_of_the_readme():
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         assert "://" in link or (page.parent / link).exists(), link
+
+
+def imported(path):
+    """What a file of the package imports: names below the package, and other libraries."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
+            inner = [part for part in base[1:] if part]
+            yield from ["/".join(inner)] if inner else [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.partition(".")[0]
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+
+
+ROOMS = dict(
+    re.findall(
+        r"^\| `([\w./]+)` \|.*\| ([^|]+) \|$", (ROOT / "docs" / "architecture.md").read_text(), flags=re.M
+    )
+)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms(room):
+    """Each imports what docs/architecture.md says, and no more."""
+    where = ROOT / "temporal_excite" / room
+    allowed = re.findall(r"`([\w/]+)", ROOMS[room]) + re.findall("torch|timm|einops|fvcore", ROOMS[room])
+    if "all of the above" in ROOMS[room]:
+        return
+    own = room.strip("/").removesuffix(".py")
+    common = {"_text", "_extras", "numpy", "torch", "torchvision", *sys.stdlib_module_names}
+    for path in [where] if where.is_file() else where.rglob("*.py"):
+        for name in imported(path):
+            inside = own == name or name.startswith(f"{own}/")
+            known = any(name == one or name.startswith(f"{one}/") for one in allowed)
+            assert inside or known or name in common or name in {"av", "PIL", "matplotlib", "timm"}, (
+                path.name,
+                name,
+            )

@@ -12,6 +12,7 @@ import time
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -45,6 +46,7 @@ from temporal_excite.training import (
     train,
 )
 from temporal_excite.training import checkpoint as checkpoint_module
+from temporal_excite.training.checkpoint import load_weights
 from temporal_excite.training.data import load_records, test_dataset, train_dataset
 from temporal_excite.training.distributed import EvalShare, TrainBatches
 from temporal_excite.training.evaluate import Evaluation, video_scores
@@ -928,3 +930,141 @@ def test_layouts(tmp_path):
         load_records(tmp_path / "none", "tsn", "val")
     with pytest.raises(ValueError, match="unknown data format 'zip'; known: folder, tsn"):
         load_records(tmp_path, "zip", "val")
+
+
+def test_run_options(tmp_path):
+    options = dataclasses.replace(QUIET, log_every=4, evaluate_every=2, lr=0.5)
+    train(fresh(), CONFIG, RECIPE, Clips(), Clips(5), tmp_path, options=options)
+    steps = read_log(tmp_path, "step")
+    assert [line["step"] for line in steps] == [2, 4, 6] and steps[0]["lr"] == 0.5
+    assert ["val_top1" in line for line in read_log(tmp_path, "epoch")] == [False, True, True]
+
+
+@pytest.mark.parametrize("what", ["order", "dropout"])
+def test_seed(tmp_path, what):
+    class Same(Clips):
+        def __getitem__(self, index):
+            return super().__getitem__(0)
+
+    config = dataclasses.replace(CONFIG, dropout=0.0) if what == "order" else CONFIG
+    losses = []
+    for seed in (0, 1):
+        output, options = tmp_path / str(seed), dataclasses.replace(QUIET, seed=seed)
+        train(
+            fresh(config),
+            config,
+            RECIPE,
+            (Clips if what == "order" else Same)(),
+            None,
+            output,
+            options=options,
+        )
+        losses.append([line["loss"] for line in read_log(output, "step")])
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("amp", ["off", "float16"])
+def test_gradients_are_clipped(tmp_path, amp):
+    recipe = dataclasses.replace(RECIPE, clip_grad=1e-3, epochs=1, milestones=(1,), weight_decay=0.0)
+    model = fresh()
+    before = [p.detach().clone() for p in model.parameters()]
+    train(model, CONFIG, recipe, Clips(4), None, tmp_path, options=dataclasses.replace(QUIET, amp=amp))
+    changes = [(p - b).flatten() for p, b in zip(model.parameters(), before, strict=True)]
+    assert 1e-6 < torch.cat(changes).norm() < 2e-4  # one step: of 1e-3, by rates of 0.01 to 0.1
+
+
+def test_evaluation_restores_the_mode():
+    model = fresh().train()
+    evaluate(model, Clips(4), CONFIG.labels)
+    assert model.training
+
+
+def test_no_score_has_a_finite_loss():
+    assert Evaluation(torch.arange(1), torch.tensor([[1.0, 0.0]]), torch.tensor([1]), ("a", "b")).loss < 100
+
+
+def test_scores_are_float32():
+    views = torch.rand(1, 2, 3, 32, 32).bfloat16()
+    assert video_scores(fresh().bfloat16().eval(), views).dtype == torch.float32
+
+
+@pytest.mark.parametrize("call", ["evaluate", "train"])
+def test_program_ends_after_a_workers_error(tmp_path, call):
+    """Workers ignore SIGTERM, and the interpreter's end waits for them."""
+    code = f"""
+import test_training as t
+
+class Broken(t.Clips):
+    def __getitem__(self, index):
+        raise OSError("broken clip")
+
+if {call!r} == "evaluate":
+    t.evaluate(t.fresh(), Broken(), t.CONFIG.labels, workers=2)
+else:
+    options = t.dataclasses.replace(t.QUIET, workers=2)
+    t.train(t.fresh(), t.CONFIG, t.RECIPE, Broken(), None, {str(tmp_path / "run")!r}, options=options)
+"""
+    folders = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": folders},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1 and "broken clip" in done.stderr
+
+
+def test_unknown_subset(tmp_path):
+    with pytest.raises(ValueError, match="subset must be 'train' or 'val', got 'test'"):
+        load_records(tmp_path, "folder", "test")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"backbone_args": {"act_layer": nn.SiLU}},
+        {"module_args": {"stages": {2, 3}}},
+        {"labels": "abc"},
+        {"labels": (1, 2)},
+        {"backbone": None},
+        {"crop": "x"},
+    ],
+    ids=str,
+)
+def test_config_of_what_no_checkpoint_can_hold(values):
+    with pytest.raises(TypeError, match=f"{next(iter(values))} .*must be|{next(iter(values))} must"):
+        dataclasses.replace(CONFIG, **values)
+
+
+def test_numpy_in_a_config(tmp_path):
+    labels = tuple(np.array(CONFIG.labels))
+    config = dataclasses.replace(CONFIG, labels=labels, mean=tuple(np.array([0.5] * 3)))
+    save_checkpoint(tmp_path / "a.pt", config, fresh().state_dict())
+    assert read_checkpoint(tmp_path / "a.pt")["config"].labels == CONFIG.labels
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"format": "1"}, {"config": None}, {"config": {"backbone": 3}}, {"state_dict": {"a": 1}}],
+    ids=str,
+)
+def test_foreign_values_in_a_checkpoint(tmp_path, values):
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, CONFIG, fresh().state_dict())
+    content = torch.load(path, weights_only=True)
+    for key, value in values.items():
+        content[key] = content[key] | value if value and isinstance(value, dict) else value
+    torch.save(content, path)
+    with pytest.raises(CheckpointError):
+        read_checkpoint(path)
+
+
+def test_weights_without_values(tmp_path):
+    model = fresh()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    name = next(reversed(before))
+    with pytest.raises(CheckpointError, match="1 of another shape or kind"):
+        load_weights(model, before | {name: torch.empty_like(before[name], device="meta")}, "file")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

@@ -139,3 +139,37 @@ def test_the_commands_of_the_docs_run(tmp_path, monkeypatch, capsys):
         *(("clip.mp4", "12", reader, "yes") for reader in ("seek", "decode")),
         ("folder_of_frames", "12", "seek", "-"),
     ]
+
+
+def test_arguments(tmp_path):
+    records = [Record(write_folder(tmp_path / f"c{i}"), i) for i in range(2)]
+    sampler = SegmentSampler(2, "test")
+    with pytest.raises(ValueError, match="no records"):
+        VideoDataset([], sampler)
+    with pytest.raises(ValueError, match="on_error must be"):
+        VideoDataset(records, sampler, on_error="x")
+    with pytest.raises(ValueError, match=r"c1: label 1 is not in 0 \.\. 0"):
+        VideoDataset(records, sampler, labels=["a"])
+    with pytest.raises(ValueError, match=r"keep=True needs a sampler .* mode='train'"):
+        VideoDataset(records, SegmentSampler(2), keep=True)
+    dataset = VideoDataset(records, sampler, keep=True)
+    assert torch.equal(dataset[-1][0], dataset[1][0])
+    for index in (2, -3):
+        with pytest.raises(IndexError, match="data set of 2 videos"):
+            dataset[index]
+
+
+def test_seed(records):
+    def clips(seed):
+        dataset = VideoDataset(records, SegmentSampler(2), seed=seed)
+        for epoch in range(5):
+            dataset.set_epoch(epoch)
+            yield dataset[0][0]
+
+    assert not torch.equal(torch.stack(list(clips(0))), torch.stack(list(clips(1))))
+
+
+def test_swapped_labels_of_several_views(tmp_path):
+    record = Record(write_folder(tmp_path / "c"), 0)
+    dataset = VideoDataset([record], SegmentSampler(2, "test", 2), lambda clip, label: (clip, 1 - label))
+    assert dataset[0][1] == 1

@@ -100,3 +100,21 @@ def test_bad_arguments_are_named():
         SegmentSampler(8)(0)
     with pytest.raises(ValueError, match="short must be 'first' or 'spread', got 'loop'"):
         SegmentSampler(8, short="loop")
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(1, 400),
+    st.integers(1, 32),
+    st.integers(1, 10),
+    st.integers(1, 100),
+    st.sampled_from(["dense", "dense-train"]),
+)
+def test_any_window(num_frames, n_segment, k, window, mode):
+    indices = SegmentSampler(n_segment, mode, k, window=window)(num_frames)
+    assert indices.min() >= 0 and indices.max() < num_frames
+
+
+def test_dense_starts_are_rounded_down():
+    assert SegmentSampler(8, "dense")(301)[0, 0] == 118
+    assert SegmentSampler(8, "dense", 10)(300)[:, 0].tolist() == [k * 236 // 9 for k in range(10)]

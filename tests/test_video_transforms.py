@@ -204,3 +204,27 @@ def test_flips_change_the_label():
     torch.manual_seed(0)
     flipped = sum(RandomFlip(pairs)(clip, 0)[1] for _ in range(400))
     assert 150 < flipped < 250
+
+
+def test_train_transform_resizes_and_mirrors():
+    clip = tv_tensors.Video(torch.arange(64, dtype=torch.uint8).expand(2, 3, 32, 64).clone())
+    whole = train_transform(16, flip="plain", short_side=16, scales=(1,), mean=(0,) * 3, std=(1,) * 3)
+    torch.manual_seed(0)
+    rising = [bool(whole(clip, 0)[0][0, 0, 0].diff().mean() > 0) for _ in range(20)]
+    assert {True, False} == set(rising)
+    swap = train_transform(16, flip="swap", pairs={0: 5}, labels=["left", "right"])
+    assert {swap(clip, 0)[1] for _ in range(20)} == {0, 5}
+
+
+def test_default_short_side():
+    first = train_transform(16).transforms[0]
+    assert isinstance(first, v2.Resize) and first.size == [256]
+
+
+def test_normalise_needs_three():
+    with pytest.raises(ValueError, match="three numbers each"):
+        Normalise(mean=(0.5,))
+
+
+def test_separated_counter_clockwise():
+    assert flip_pairs(["turn counter clockwise", "turn clockwise"]) == {0: 1, 1: 0}

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import av
@@ -324,3 +325,11 @@ def test_live_recognizer(causal, clip):
 )
 def test_module_arguments(text, value):
     assert keyword(text)[1] == value
+
+
+def test_missing_reader_names_the_extra(tmp_path, monkeypatch):
+    video = write_video(tmp_path / "a.mp4")
+    monkeypatch.setitem(sys.modules, "av", None)
+    for opened in (lambda: read_frames(video, [0]), lambda: play(str(video), 25)):
+        with pytest.raises(ModuleNotFoundError, match=r"need av: pip install 'temporal-excite\[video\]'"):
+            opened()

@@ -193,6 +193,7 @@ class BNInception(nn.Module):
             pool_type=self.global_pool.pool_type if global_pool is None else global_pool,
         )
         self.fc.to(like.device, like.dtype).train(self.training)
+        self.global_pool.train(self.training)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """``(B, in_chans, H, W)`` -> ``(B, 1024, H/32, W/32)``."""

@@ -23,9 +23,10 @@ def register_module(name: str, factory: ModuleFactory) -> ModuleFactory:
     :class:`~temporal_excite.modules.TemporalModule` and gets earlier frames from its ``past``.
 
     Raises:
+        TypeError: the factory cannot be called.
         ValueError: the name is taken.
     """
-    _free(name)
+    _free(name, factory)
     _MODULES[name] = factory
     return factory
 
@@ -36,9 +37,10 @@ def register_network(name: str, plan: NetworkPlan) -> NetworkPlan:
     For networks that need several modules in a block, or different ones in different blocks.
 
     Raises:
+        TypeError: the plan cannot be called.
         ValueError: the name is taken.
     """
-    _free(name)
+    _free(name, plan)
     _NETWORKS[name] = plan
     return plan
 
@@ -72,7 +74,9 @@ def network_names() -> list[str]:
     return sorted(_NETWORKS)
 
 
-def _free(name: str) -> None:
+def _free(name: str, entry: object) -> None:
+    if not callable(entry):
+        raise TypeError(f"{name!r} needs something to call, got {entry!r}")
     for known in (_MODULES, _NETWORKS):
         if name in known:
             raise ValueError(f"name {name!r} is taken by {known[name]!r}")

@@ -1,4 +1,4 @@
-"""Training, evaluation and prediction (``pip install temporal-excite[video]``)."""
+"""Training, evaluation and prediction (extra ``video``)."""
 
 from .checkpoint import (
     CheckpointError,

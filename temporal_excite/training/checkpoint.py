@@ -1,6 +1,7 @@
 """What a trained model is, and its file: written whole or not at all, read without running code."""
 
 import contextlib
+import json
 import os
 import pickle
 import shutil
@@ -14,8 +15,10 @@ import torch
 from timm.models import is_model
 from torch import Tensor
 
+from ..checkpoints import has_values
 from ..classifier import VideoClassifier, class_layers
 from ..injection import inject
+from ..ops import positive_int
 
 FORMAT = 1
 
@@ -48,6 +51,23 @@ class ModelConfig:
     dataset: str = "folder"
     """Layout of the data it was trained on."""
 
+    def __post_init__(self) -> None:
+        """Raise a ``TypeError`` for what a checkpoint cannot hold."""
+        if not isinstance(self.backbone, str) or not isinstance(self.module, str | None):
+            raise TypeError(f"backbone and module must be names, got {self.backbone!r} and {self.module!r}")
+        if isinstance(self.labels, str) or not all(isinstance(label, str) for label in self.labels):
+            raise TypeError(f"labels must be class names, got {self.labels!r}")
+        for name in ("n_segment", "short_side", "crop"):
+            positive_int(name, getattr(self, name))
+        for name, value in asdict(self).items():
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError) as error:
+                raise TypeError(
+                    f"{name} must hold plain values (numbers, strings, None, lists and dicts of these), got "
+                    f"{value!r}: a checkpoint, read without running code, cannot hold others"
+                ) from error
+
     @property
     def num_classes(self) -> int:
         """Number of classes."""
@@ -55,21 +75,24 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, which ``weights_only=True`` and JSON take."""
-        return {
-            k: list(v) if isinstance(v, tuple) else dict(v) if isinstance(v, Mapping) else v
-            for k, v in asdict(self).items()
-        }
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
         """The inverse of :meth:`to_dict`; a :class:`CheckpointError` names missing and unknown fields."""
+        if not isinstance(values, Mapping):
+            raise CheckpointError(f"model settings must be a dict, got {values!r}")
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise CheckpointError(f"unknown model settings {unknown}: written by a newer version?")
         if missing := sorted({"backbone", "module", "labels"} - set(values)):
             raise CheckpointError(f"model settings {missing} are missing")
         plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**plain)
+        try:
+            return cls(**plain)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"unusable model settings: {error}") from error
 
 
 def build_model(config: ModelConfig, pretrained: bool = False) -> VideoClassifier:
@@ -127,7 +150,7 @@ def save_checkpoint(
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         raise CheckpointError(
             f"cannot write {path}: {reason}{_free_space(path)}; "
-            + ("the previous checkpoint there is intact" if path.exists() else "nothing was written")
+            + ("the previous checkpoint there is intact" if path.is_file() else "nothing was written")
         ) from error
     with contextlib.suppress(OSError):  # make the rename itself last, where the system can
         folder = os.open(path.parent, os.O_RDONLY)
@@ -167,6 +190,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path} holds no temporal-excite checkpoint (format, config, state_dict); "
             "weights released by others load through temporal_excite.load_released"
         )
+    kinds = {"format": int, "config": dict, "state_dict": dict}
+    if not all(isinstance(content[key], kind) for key, kind in kinds.items()) or not all(
+        isinstance(value, Tensor) for value in content["state_dict"].values()
+    ):
+        raise CheckpointError(f"{path} is no readable checkpoint: other values than save_checkpoint writes")
     if content["format"] > FORMAT:
         raise CheckpointError(f"{path} has format {content['format']}, this version reads up to {FORMAT}")
     content["config"] = ModelConfig.from_dict(content["config"])
@@ -177,12 +205,16 @@ def load_weights(model: VideoClassifier, state_dict: Mapping[str, Tensor], sourc
     """Load all weights; a :class:`CheckpointError` names what does not fit, and the model is untouched."""
     own = model.state_dict()
     missing, extra = sorted(set(own) - set(state_dict)), sorted(set(state_dict) - set(own))
-    shapes = [k for k in own if k in state_dict and own[k].shape != state_dict[k].shape]
+    shapes = [
+        k
+        for k in own
+        if k in state_dict and not (own[k].shape == state_dict[k].shape and has_values(state_dict[k]))
+    ]
     if missing or extra or shapes:
         example = next(iter(missing or extra or shapes))
         raise CheckpointError(
             f"{source} does not fit this model: {len(missing)} weights missing, {len(extra)} unknown, "
-            f"{len(shapes)} of another shape (such as {example}); "
+            f"{len(shapes)} of another shape or kind (such as {example}); "
             "it was written for another backbone or temporal module"
         )
     model.load_state_dict(dict(state_dict))

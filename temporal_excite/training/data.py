@@ -12,6 +12,7 @@ from ..video import (
     VideoDataset,
     flip_pairs,
     read_annotations,
+    read_labels,
     test_transform,
     train_transform,
 )
@@ -58,16 +59,18 @@ def load_records(
     Args:
         data: the folder.
         format: one of :func:`layouts`.
-        subset: "train" or "val".
+        subset: "train" or "val"; the data to test on is the latter.
         listing: the annotation file, where it is not the layout's.
         root: the folder of the videos, where it is not the layout's.
         labels: the class names in order, or their file.
 
     Raises:
         FileNotFoundError: the folder or a file in it is missing.
-        ValueError: an unknown format, annotations that are wrong, a class folder without videos where
-            ``labels`` does not name the classes, or a ``root`` for ``"folder"``.
+        ValueError: an unknown subset or format, annotations that are wrong, a class folder without videos
+            where ``labels`` does not name the classes, or a ``root`` for ``"folder"``.
     """
+    if subset not in ("train", "val"):
+        raise ValueError(f"subset must be 'train' or 'val', got {subset!r}")
     data = Path(data)
     if not data.is_dir():
         raise FileNotFoundError(f"no data folder {data}")
@@ -105,8 +108,6 @@ def _class_folders(folder: Path, labels: Sequence[str] | str | Path | None) -> t
         raise FileNotFoundError(f"no folder {folder} with one folder of videos for each class")
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not _hidden(path))
     if isinstance(labels, str | Path):
-        from ..video import read_labels
-
         labels = read_labels(labels)
     names = list(labels) if labels is not None else classes
     if unknown := [name for name in classes if name not in names]:

@@ -3,11 +3,13 @@
 import os
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -175,8 +177,12 @@ def ignore_sigterm(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def let_go(error: BaseException) -> None:
+    """Empty the frames an error came through. What they hold would keep a DataLoader's workers, for which the
+    interpreter's end waits, and which ignore the SIGTERM it sends."""
+    traceback.clear_frames(error.__traceback__)
+
+
 def mix(*numbers: int) -> int:
     """One seed from several numbers, such as (seed, epoch)."""
-    import numpy as np
-
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from ..classifier import VideoClassifier
 from .checkpoint import CheckpointError, ModelConfig, load_weights, read_checkpoint, save_checkpoint
-from .distributed import TrainBatches, World, ignore_sigterm, join_world, mix, on_sigterm
+from .distributed import TrainBatches, World, ignore_sigterm, join_world, let_go, mix, on_sigterm
 from .evaluate import Evaluation, evaluate
 from .optim import create_optimizer, create_schedule, freeze_batch_norm
 from .progress import RunLog, forget_after
@@ -120,8 +120,11 @@ def train(
     )
     try:
         return run.fit(on_epoch)
+    except BaseException as error:
+        let_go(error)
+        raise
     finally:
-        run.close()
+        run.log.close()
 
 
 class _Run:
@@ -191,10 +194,6 @@ class _Run:
             progress=options.progress,
             tensorboard=options.tensorboard,
         )
-
-    def close(self) -> None:
-        if hasattr(self, "log"):
-            self.log.close()
 
     def fit(self, on_epoch: Callable[[int, Evaluation], None] | None) -> RunResult:
         result = None

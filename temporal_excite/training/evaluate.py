@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
-from .distributed import EvalShare, World, ignore_sigterm, join_world
+from .._extras import need
+from .distributed import EvalShare, World, ignore_sigterm, join_world, let_go
 
 logger = logging.getLogger(__name__)
 
@@ -100,10 +102,9 @@ class Evaluation:
 
     def plot_confusion(self, path: str | Path) -> None:
         """The confusion matrix, each row in percent of its class, as a picture (needs matplotlib)."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ValueError("the confusion matrix needs matplotlib: pip install matplotlib") from error
+        need("matplotlib", "video", "pictures of the confusion matrix")
+        from matplotlib.figure import Figure
+
         matrix = self.confusion.double()
         percent = 100 * matrix / matrix.sum(dim=1, keepdim=True).clamp_min(1)
         n = len(self.labels)
@@ -164,8 +165,6 @@ def evaluate(
         world: as :func:`~temporal_excite.training.join_world` gives it.
         progress: show a bar.
     """
-    from tqdm import tqdm
-
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     world = world or join_world("cpu")
@@ -190,6 +189,9 @@ def evaluate(
                 scores.append(video_scores(model, clips.to(world.device), batch_size).cpu())
                 targets.append(target)
                 bar.update(world.size * len(target))
+    except BaseException as error:
+        let_go(error)
+        raise
     finally:
         model.train(training)
     mine = (torch.tensor(list(share.indices)), torch.cat(scores), torch.cat(targets)) if scores else None

@@ -1,7 +1,7 @@
 """Training recipes of the papers, as data. ``sources`` says of every number where it stands."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 ACTION_TEXT = "ACTION-Net, Sec. 4.2"
 ACTION_CODE = "ACTION-Net, released code"
@@ -115,26 +115,13 @@ def _tea(dataset: str, lr: float, weight_decay: float) -> Recipe:
 
 
 def _tea_finetune(dataset: str) -> Recipe:
-    return Recipe(
+    return replace(
+        _tea(dataset, 0.001, 5e-4),
         name=dataset,
-        dataset=dataset,
         epochs=25,
         milestones=(10, 20),
-        lr=0.001,
-        batch_size={8: 64},
-        weight_decay=5e-4,
         dropout=0.8,
         batch_norm="partial",
-        head_decay=5.0,
-        sources=_sources(
-            TEA_TEXT,
-            head_lr=TEA_TEXT,
-            head_decay=TEA_TEXT,
-            momentum=TSM_README,
-            short_side="TEA, Sec. 4.2",
-            crop="TEA, Sec. 4.2",
-            n_segment="TEA, Sec. 4.2",
-        ),
     )
 
 

@@ -1,9 +1,11 @@
 """From a checkpoint and a video to labels, and checkpoints on the Hugging Face hub."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from ..modules.base import is_causal
 from ..ops import positive_int
 from ..stream import Stream
 from ..video import Record
+from ..video.dataset import transformed
 from .checkpoint import CheckpointError, ModelConfig, build_model, load_model, load_weights
 from .data import test_dataset
 from .evaluate import video_scores
@@ -112,22 +115,16 @@ class Recognizer:
         ]
 
     def _views(self, frames: Tensor, protocol: str) -> Tensor:
-        from torchvision import tv_tensors
-
         if frames.ndim != 4 or frames.shape[1] != 3 or not len(frames) or frames.dtype != torch.uint8:
             raise ValueError(
                 f"expected uint8 frames (F, 3, H, W), got {frames.dtype} of shape {tuple(frames.shape)}"
             )
         like = test_dataset([Record(Path(), 0)], self.config, protocol)
-        views = []
-        for indices in like.sampler(len(frames)):
-            view, _ = like.transform(tv_tensors.Video(frames[indices]), 0)  # type: ignore[misc]
-            views.append(view.as_subclass(Tensor))
-        stacked = torch.stack(views) if views[0].ndim == 4 else torch.cat(views)
-        return stacked[0] if len(stacked) == 1 else stacked
+        assert like.transform is not None
+        return transformed(like.transform, frames[like.sampler(len(frames))], 0)[0]
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``config.json`` and ``model.safetensors``, the files timm keeps on the hub."""
+        """Write ``config.json`` and ``model.safetensors``, the files timm keeps on the hub; both or none."""
         from safetensors.torch import save_file
 
         folder = Path(folder)
@@ -137,7 +134,6 @@ class Recognizer:
             k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
             for k, v in self.model.state_dict().items()
         }
-        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
         config = {
             # timm's fields
             "architecture": self.config.backbone,
@@ -146,13 +142,16 @@ class Recognizer:
             "pretrained_cfg": {"mean": list(self.config.mean), "std": list(self.config.std)},
             "temporal_excite": self.config.to_dict(),
         }
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        with TemporaryDirectory(dir=folder) as name:
+            written = Path(name)
+            save_file(state, written / WEIGHTS, metadata={"format": "pt"})
+            (written / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            for file in (WEIGHTS, CONFIG):
+                os.replace(written / file, folder / file)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> Any:
         """Upload :meth:`save_pretrained`'s files to the Hugging Face hub; the arguments are
         huggingface_hub's."""
-        from tempfile import TemporaryDirectory
-
         from huggingface_hub import HfApi
 
         api = HfApi(token=token, library_name="temporal-excite")

@@ -1,4 +1,4 @@
-"""From video files and annotation lists to batches of clips (``pip install temporal-excite[video]``)."""
+"""From video files and annotation lists to batches of clips (extra ``video``)."""
 
 from .annotations import FORMATS, AnnotationError, Record, read_annotations, read_labels
 from .dataset import VideoDataset

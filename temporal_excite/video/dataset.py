@@ -134,18 +134,12 @@ class VideoDataset(Dataset[tuple[Tensor, int]]):
         clips = self._kept[index] if index in self._kept else self._read(record, frames_seed)
         if self.keep:
             self._kept[index] = clips
-        label: Any = record.label
         if self.transform is None:
-            return (clips[0] if len(clips) == 1 else clips), label
-        views = []
+            return (clips[0] if len(clips) == 1 else clips), record.label
         # the transforms of torchvision draw from torch's global generator
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(views_seed)  # torch.manual_seed would reseed the GPUs too
-            for clip in clips:
-                view, label = self.transform(tv_tensors.Video(clip), record.label)
-                views.append(view.as_subclass(Tensor))
-        stacked = torch.stack(views) if views[0].ndim == 4 else torch.cat(views)
-        return (stacked[0] if len(stacked) == 1 else stacked).contiguous(), int(label)
+            return transformed(self.transform, clips, record.label)
 
     def _read(self, record: Record, seed: int) -> Tensor:
         """uint8 ``(clips, T, 3, H, W)``."""
@@ -166,3 +160,13 @@ class VideoDataset(Dataset[tuple[Tensor, int]]):
                     logger.info("%s", error)
                     continue
                 return pictures.unflatten(0, tuple(indices.shape))
+
+
+def transformed(transform: Callable[..., Any], clips: Tensor, label: int) -> tuple[Tensor, int]:
+    """The view or views of uint8 clips ``(clips, T, 3, H, W)``, and the label of what they show."""
+    views = []
+    for clip in clips:
+        view, shown = transform(tv_tensors.Video(clip), label)
+        views.append(view.as_subclass(Tensor))
+    stacked = torch.stack(views) if views[0].ndim == 4 else torch.cat(views)
+    return (stacked[0] if len(stacked) == 1 else stacked).contiguous(), int(shown)

@@ -5,12 +5,13 @@ import re
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from .._extras import need
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 VIDEOS = (
@@ -110,6 +111,23 @@ def to_rgb(frame: Any, reformatter: Any) -> np.ndarray:
     return picture if matrix is None else _upright(picture, np.frombuffer(matrix, np.int32))
 
 
+def open_container(path: Path, file: str | None = None, format: str | None = None) -> tuple[Any, Any]:
+    """PyAV's container and its video stream; ``file`` and ``format`` where FFmpeg has others for ``path``."""
+    need("av", "video", "video files and cameras")
+    import av
+
+    try:
+        # absolute, as "12:30.mp4" would be of the protocol 12
+        container = av.open(str(path.absolute()) if file is None else file, format=format)
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise VideoError(path, f"not a readable video: {error}") from error
+    stream = container.streams.best("video")
+    if stream is None:
+        container.close()
+        raise VideoError(path, "holds no video stream")
+    return container, stream
+
+
 class FrameFolder:
     """A folder of numbered pictures.
 
@@ -188,16 +206,13 @@ class VideoFile:
     """
 
     def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._container, self._stream = open_container(self.path)
         import av
 
-        self.path = Path(path)
         self._av = av
         # one for all frames: setting up a conversion costs ten times the conversion
         self._reformatter = av.video.reformatter.VideoReformatter()
-        try:
-            self._container = av.open(str(self.path.absolute()))  # "12:30.mp4" would be of the protocol 12
-        except (av.FFmpegError, OSError, ValueError) as error:
-            raise VideoError(self.path, f"not a readable video: {error}") from error
         try:
             self._scan()
         except BaseException:
@@ -205,9 +220,6 @@ class VideoFile:
             raise
 
     def _scan(self) -> None:
-        self._stream = self._container.streams.best("video")
-        if self._stream is None:
-            raise VideoError(self.path, "holds no video stream")
         # one thread: no delay after a seek, and data loaders already run one process a core
         self._stream.codec_context.thread_type = "NONE"
         self._stream.codec_context.thread_count = 1
@@ -247,9 +259,7 @@ class VideoFile:
     def __enter__(self) -> "VideoFile":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

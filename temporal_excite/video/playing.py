@@ -8,13 +8,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .decoding import FrameFolder, VideoError, to_rgb
+from .._extras import need
+from .decoding import FrameFolder, VideoError, open_container, to_rgb
 
 _PATIENCE = 100  # broken frames in a row with which a camera is still taken for sound
 
@@ -81,20 +81,13 @@ class FilePlayer:
     def __init__(
         self, path: Path, fps: float, file: str | None = None, format: str | None = None, patience: int = 0
     ) -> None:
-        import av
-
         self.path = path
         self._patience = patience
+        self._container, self._stream = open_container(path, file, format)
+        import av
+
         self._av = av
         self._reformatter = av.video.reformatter.VideoReformatter()
-        try:
-            self._container = av.open(str(path.absolute()) if file is None else file, format=format)
-        except (av.FFmpegError, OSError, ValueError) as error:
-            raise VideoError(path, f"not a readable video: {error}") from error
-        self._stream = self._container.streams.best("video")
-        if self._stream is None:
-            self._container.close()
-            raise VideoError(path, "holds no video stream")
         # AVI stores no time stamps: those given are guesses where display order is not that of decoding
         self._guessed = "avi" in self._container.format.name and self._stream.codec_context.has_b_frames
         rate = Fraction(self._stream.average_rate or 0).limit_denominator(1001)
@@ -103,9 +96,7 @@ class FilePlayer:
     def __enter__(self) -> "FilePlayer":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._container.close()
 
     def __iter__(self) -> Iterator[Frame]:
@@ -156,7 +147,7 @@ class CameraPlayer:
         if self._thread.ident is not None:
             self._thread.join(timeout=2)  # a camera that has gone silent must not hold up the end
         else:
-            self._player.__exit__(None, None, None)
+            self._player.__exit__()
 
     def __iter__(self) -> Iterator[Frame]:
         self._thread.start()
@@ -187,6 +178,7 @@ def _camera(number: int) -> tuple[str, str]:
     if sys.platform == "darwin":
         return str(number), "avfoundation"
     if sys.platform == "win32":
+        need("av", "video", "cameras")
         import av
 
         if not hasattr(av, "enumerate_input_devices"):

@@ -145,11 +145,8 @@ class ThreeCrop(nn.Module):
             raise ValueError(f"crops of {self.size} from frames of {height}x{width}: use a larger short_side")
         crops = []
         for third in range(3):
-            top, left = (height - self.size) * third // 2, (width - self.size) * third // 2
-            if height > width:
-                left = (width - self.size) // 2
-            else:
-                top = (height - self.size) // 2
+            down, right = (third, 1) if height > width else (1, third)
+            top, left = (height - self.size) * down // 2, (width - self.size) * right // 2
             crops.append(F.crop(clip, top, left, self.size, self.size))
         return torch.stack([crop.as_subclass(Tensor) for crop in crops]), label
 

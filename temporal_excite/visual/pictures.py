@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._extras import need
 from .maps import SiteGates
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def overlay(
         )
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1], got {alpha}")
-    _need("matplotlib")
+    need("matplotlib", "visual", "pictures")
     from matplotlib import colormaps
 
     if colormap not in colormaps:
@@ -111,8 +112,8 @@ def figure(
     if not len(columns) or any(not 0 <= t < count for t in columns):
         raise ValueError(f"columns must be frames out of 0 to {count - 1}, got {list(columns)}")
     if path is not None:
-        _check_path(path, PICTURES)
-    _need("matplotlib")
+        check_path(path, PICTURES)
+    need("matplotlib", "visual", "pictures")
     from matplotlib.figure import Figure
 
     side = 1.25
@@ -150,8 +151,8 @@ def animation(rows: Mapping[str, Tensor], path: str | Path, *, fps: float = 4.0,
     count = _frame_count(rows)
     if fps <= 0 or side < 1:
         raise ValueError(f"fps and side must be above 0, got {fps} and {side}")
-    _check_path(path, ANIMATIONS)
-    _need("PIL")
+    check_path(path, ANIMATIONS)
+    need("PIL", "visual", "pictures")
     from PIL import Image, ImageDraw, ImageFont
 
     font, caption, gap = ImageFont.load_default(13), 20, 4
@@ -199,8 +200,8 @@ def attention(gates: Sequence[SiteGates], path: str | Path | None = None, *, cli
     if not paths:
         raise ValueError("none of these modules weighs channels: CE, ME and ACTION do, STE weighs positions")
     if path is not None:
-        _check_path(path, PICTURES)
-    _need("matplotlib")
+        check_path(path, PICTURES)
+    need("matplotlib", "visual", "pictures")
     from matplotlib.figure import Figure
 
     stages = [stage for stage, found in channel.items() if found]
@@ -262,7 +263,8 @@ def _frame_count(rows: Mapping[str, Tensor]) -> int:
     return next(iter(counts.values()))
 
 
-def _check_path(path: str | Path, endings: Sequence[str]) -> None:
+def check_path(path: str | Path, endings: Sequence[str]) -> None:
+    """Raise unless a file of that name can be written: its ending is known, its folder there."""
     path = Path(path)
     if path.suffix.lower() not in endings:
         raise ValueError(f"cannot write {path}: the ending must be one of {', '.join(endings)}")
@@ -275,13 +277,3 @@ def _save(whole: "Figure", path: str | Path) -> None:
         whole.savefig(path, dpi=150)
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def _need(library: str) -> None:
-    """Raise an ImportError that names the extra, where a library is missing."""
-    import importlib.util
-
-    if importlib.util.find_spec(library) is None:
-        raise ModuleNotFoundError(
-            f"pictures need {library}: pip install 'temporal-excite[visual]'", name=library
-        )

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..._extras import need
 from ...complexity import count
 from ...video import Record
 from ..checkpoint import load_model
@@ -58,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
             f"{config.num_classes} others ({config.labels[0]!r}, ..): evaluate it on its own data set"
         )
     if args.output:
+        need("matplotlib", "video", "pictures of the confusion matrix")
         args.output.mkdir(parents=True, exist_ok=True)
     views = crops * clips
     side = config.crop if crops == 1 else config.short_side

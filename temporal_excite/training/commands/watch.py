@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..._extras import need
 from ...video import play
+from ...visual.pictures import check_path
 from ..distributed import choose_device, on_sigterm
 from ..recognizer import Recognizer
 from . import add_device_argument
@@ -109,10 +111,8 @@ def _summarise(ms: Sequence[float]) -> None:
 
 
 def _check_overlay(path: Path, source: str) -> None:
-    if path.suffix.lower() not in OVERLAYS:
-        raise ValueError(f"cannot write {path}: the ending must be one of {', '.join(OVERLAYS)}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
+    check_path(path, OVERLAYS)
+    need("av", "video", "video files")
     if path.exists() and Path(source).exists() and path.samefile(source):
         raise ValueError(f"--overlay {path} is the video to watch: give another name")
 
