@@ -16,8 +16,11 @@ from temporal_excite.modules import TemporalConv
 
 
 def use_published_forms(model: nn.Module) -> bool:
-    """Let the ACTION and TSM modules of a model compute as published; False where it holds others."""
+    """Let the ACTION and TSM modules of a model compute as published; False where it holds others, or forms
+    that were not."""
     found = [m for m in model.modules() if isinstance(m, ActionModule | TemporalShift)]
+    if any(module.causal or getattr(module, "identity_start", False) for module in found):
+        return False
     for module in found:
         forward = action if isinstance(module, ActionModule) else part_shift
         module.forward = MethodType(forward, module)  # type: ignore[method-assign]

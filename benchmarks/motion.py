@@ -144,11 +144,22 @@ def write_video(path: Path, clip: Tensor) -> None:
         container.mux(stream.encode())
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all."""
+    path.with_suffix(".tmp").write_text(text)
+    path.with_suffix(".tmp").replace(path)
+
+
 def write_dataset(folder: Path, subset: str, clips: int, seed: int) -> None:
     """``clips`` videos of each class as mp4 files and their list ``<subset>.txt``; nothing if they are
-    there."""
+    there. Raises ``ValueError`` where others are."""
     listing = folder / f"{subset}.txt"
     if listing.exists():
+        if (there := len(listing.read_text().splitlines())) != clips * len(LABELS):
+            raise ValueError(
+                f"{listing} lists {there} clips, not {clips} for each of {len(LABELS)} classes: "
+                "choose another --data folder"
+            )
         return
     (folder / subset).mkdir(parents=True, exist_ok=True)
     painter = Painter(np.random.default_rng(seed))
@@ -161,7 +172,7 @@ def write_dataset(folder: Path, subset: str, clips: int, seed: int) -> None:
                 write_video(folder / name, clip.flip(0) if reverse else clip)
                 lines.append(f"{name} {T} {2 * pair + reverse}\n")
     (folder / "labels.txt").write_text("".join(f"{label}\n" for label in LABELS))
-    listing.write_text("".join(lines))
+    write_whole(listing, "".join(lines))
 
 
 # ---- the data set
@@ -350,8 +361,8 @@ def run(
         options=RunOptions(seed=seed, progress=False, log_every=25, group=2),
         resume=True,
     )
-    if not done.finished:
-        raise SystemExit(143)
+    if not done.finished:  # no SystemExit, which a pool of processes would wait for
+        raise RuntimeError(f"{name} seed {seed} was stopped; the same command goes on")
     epochs = read_log(output / f"{name}-{seed}", "epoch")
     result: dict[str, Any] = {"name": name, "seed": seed, "steps": epochs[-1]["step"]}
     result["curve"] = [(line["step"], line["val_top1"]) for line in epochs]
@@ -367,7 +378,8 @@ def run(
         if contender.module_args.get("causal"):
             result[f"{order}_early"] = early(model.eval(), sets[order])
     result["final_train_loss"] = epochs[-1]["train_loss"]
-    (output / f"{name}-{seed}.json").write_text(json.dumps(result) + "\n")
+    result["budget"] = [steps, batch, len(sets["train"]), len(sets["forward"])]
+    write_whole(output / f"{name}-{seed}.json", json.dumps(result) + "\n")
 
 
 # ---- what came out
@@ -506,6 +518,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)} with a small budget")
     parser.add_argument("--jobs", type=int, default=1, help="processes, each with one thread")
     args = parser.parse_args()
+    if args.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {args.jobs}")
+    if not 1 <= args.batch_size <= args.clips * len(LABELS):
+        parser.error(
+            f"--batch-size must be 1 to {args.clips * len(LABELS)}, all clips; got {args.batch_size}"
+        )
     if args.quick:
         args.modules, args.steps, args.clips, args.test_clips = list(QUICK), *QUICK_BUDGET
         args.data, args.output = Path("runs/motion-quick-data"), Path("runs/motion-quick")
@@ -518,6 +536,14 @@ def main() -> None:
         return
     args.output.mkdir(parents=True, exist_ok=True)
     pairs = [(name, seed) for seed in args.seeds for name in args.modules]
+    numbers = [args.steps, args.batch_size, len(sets["train"]), len(sets["forward"])]
+    for name, seed in pairs:
+        kept = args.output / f"{name}-{seed}.json"
+        if kept.exists() and (found := json.loads(kept.read_text()).get("budget")) != numbers:
+            parser.error(
+                f"{kept} is of the budget {found} (steps, batch, clips), not {numbers}: remove it, or choose "
+                "another --output"
+            )
     wanted = [(name, seed) for name, seed in pairs if not (args.output / f"{name}-{seed}.json").exists()]
     budget = (sets, args.output, args.steps, args.batch_size)
     if args.jobs == 1:

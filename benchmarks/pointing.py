@@ -144,6 +144,8 @@ def main() -> None:
     parser.add_argument("--example", type=int, default=0, help="test clip of the figure")
     parser.add_argument("--output", type=Path, default=Path("runs/pointing"), help="finished runs are kept")
     args = parser.parse_args()
+    if not 0 <= args.example < args.test_clips:
+        parser.error(f"--example must be one of the {args.test_clips} test clips, got {args.example}")
     args.output.mkdir(parents=True, exist_ok=True)
     test = clips(args.test_clips, torch.Generator().manual_seed(10_000))
     shown = unnormalise(test[0][args.example])
@@ -157,7 +159,8 @@ def main() -> None:
                 model.load_state_dict(torch.load(kept, weights_only=True))
             else:
                 model = train(MODULES[name], seed, args.steps)
-                torch.save(model.state_dict(), kept)
+                torch.save(model.state_dict(), kept.with_suffix(".tmp"))
+                kept.with_suffix(".tmp").replace(kept)
             results.setdefault(name, []).append(point(model, *test))
             print(name, seed, {k: round(v, 1) for k, v in results[name][-1].items()}, end=" ")
             print(f"{time.process_time() - started:.0f} s of CPU", flush=True)

@@ -8,14 +8,16 @@ of all networks are interleaved; a ratio is the median over the repeats of the r
 """
 
 import argparse
+import ctypes
 import json
 import statistics
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from as_published import use_published_forms
-from timing import layout, ratio, seconds
+from timing import allow_graphs, layout, output_file, ratio, seconds
 from torch import nn
 
 import temporal_excite as te
@@ -38,18 +40,20 @@ def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
     return sum(kept.values())
 
 
-def peak_bytes(device: torch.device, reset: bool = False) -> float:
-    """The most memory in use since the last reset: of tensors on a GPU, of the process on Linux, else NaN."""
+def peak_bytes(device: torch.device, reset: bool = False) -> float | None:
+    """The most memory in use since the last reset: of tensors on a GPU, of the process on Linux."""
     if device.type == "cuda":
         if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.max_memory_allocated()
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device)
     try:
         if reset:
+            # what the allocator keeps of earlier calls would hide what this one needs
+            getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
             Path("/proc/self/clear_refs").write_text("5")
         status = Path("/proc/self/status").read_text()
     except OSError:
-        return float("nan")
+        return None
     return 1024.0 * int(status.split("VmHWM:")[1].split()[0])
 
 
@@ -68,7 +72,7 @@ def networks(options: argparse.Namespace) -> dict[str, nn.Module]:
     }
 
 
-def measure(options: argparse.Namespace) -> list[dict[str, float | str]]:
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a network; the repeats of all are interleaved."""
     models = networks(options)
     x = torch.randn(options.frames * options.clips, 3, options.size, options.size, device=options.device)
@@ -84,6 +88,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, float | str]]:
 
         return seconds(call, device)
 
+    if options.compile:
+        allow_graphs(len(models))
     runners = {k: torch.compile(m) if options.compile else m for k, m in models.items()}
     peaks = {}
     for label, model in runners.items():  # warm up
@@ -91,7 +97,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, float | str]]:
         model.zero_grad()
         before = peak_bytes(device, reset=True)
         step(model)
-        peaks[label] = peak_bytes(device) - before
+        after = peak_bytes(device)
+        peaks[label] = None if before is None or after is None else (after - before) / 2**20
         model.zero_grad()
     times: dict[str, list[float]] = {label: [] for label in runners}
     for _ in range(options.repeats):
@@ -110,18 +117,23 @@ def measure(options: argparse.Namespace) -> list[dict[str, float | str]]:
                 "ms_max": ms[-1],
                 "ratio": ratio(times, label),
                 "saved_MiB": saved_bytes(model, x) / 2**20,
-                "peak_MiB": peaks[label] / 2**20,
+                "peak_MiB": peaks[label],
                 "GFLOPs": gflops(model, shape, label, options),
             }
         )
     return rows
 
 
-def gflops(model: nn.Module, shape: tuple[int, ...], label: str, options: argparse.Namespace) -> float:
+def gflops(model: nn.Module, shape: tuple[int, ...], label: str, options: argparse.Namespace) -> float | None:
     """By fvcore; of the form that ran."""
     if options.no_count:
-        return float("nan")
+        return None
     return te.count(model, shape, fast="as published" not in label).flops / 1e9
+
+
+def shown(value: float | None, digits: int) -> str:
+    """A cell of the table."""
+    return f"{'-' if value is None else f'{value:.{digits}f}':>8}"
 
 
 def main() -> None:
@@ -138,9 +150,11 @@ def main() -> None:
         parser.add_argument(flag, action="store_true")
     parser.add_argument("--module-args", default="{}", help="keywords of inject, as JSON")
     parser.add_argument("--no-count", action="store_true", help="leave the FLOPs out")
-    parser.add_argument("--json")
-    parser.add_argument("--plot")
+    parser.add_argument("--json", type=output_file)
+    parser.add_argument("--plot", type=output_file)
     options = parser.parse_args()
+    if options.repeats < 1:
+        parser.error(f"--repeats must be at least 1, got {options.repeats}")
     torch.set_num_threads(options.threads)
     rows = measure(options)
     print(f"{'network':24} {'ms':>8} {'min..max':>17} {'ratio':>6} {'saved':>7} {'peak':>8} {'GFLOPs':>8}")
@@ -148,7 +162,7 @@ def main() -> None:
         spread = f"{r['ms_min']:.1f}..{r['ms_max']:.1f}"
         print(
             f"{r['network']:24} {r['ms']:8.1f} {spread:>17} {r['ratio']:6.3f} {r['saved_MiB']:7.0f} "
-            f"{r['peak_MiB']:8.0f} {r['GFLOPs']:8.3f}"
+            f"{shown(r['peak_MiB'], 0)} {shown(r['GFLOPs'], 3)}"
         )
     if options.json:
         with open(options.json, "w") as file:

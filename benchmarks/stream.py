@@ -18,7 +18,7 @@ from functools import partial
 
 import timm
 import torch
-from timing import layout, ratio, seconds
+from timing import allow_graphs, layout, output_file, ratio, seconds
 from torch import nn
 from torch._inductor import aoti_compile_and_package, aoti_load_package
 
@@ -112,11 +112,17 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--repeats", type=int, default=100)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json")
+    parser.add_argument("--json", type=output_file)
     options = parser.parse_args()
     if options.repeats < 2:
         parser.error(f"--repeats must be at least 2, got {options.repeats}")
+    if unknown := [name for name in options.backbone if not timm.is_model(name)]:
+        parser.error(f"timm {timm.__version__} has no {', '.join(unknown)}; see timm.list_models()")
+    if min(options.batch) < 1:
+        parser.error(f"--batch must be at least 1, got {min(options.batch)}")
     torch.set_num_threads(options.threads)
+    if options.compile:
+        allow_graphs(len(options.batch) * (len(options.modules) + 1))
     rows = []
     for backbone in options.backbone:
         print(

@@ -4,6 +4,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -22,6 +23,20 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
+
+
+def allow_graphs(count: int) -> None:
+    """Let ``torch.compile`` make graphs of so many networks of one class; of those beyond its eighth
+    it would make none."""
+    torch._dynamo.config.recompile_limit = 8 * count
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+
+
+def output_file(name: str) -> str:
+    """An argument that names a file to write; known to be wrong before the measurements."""
+    if not Path(name).absolute().parent.is_dir() or Path(name).is_dir():
+        raise argparse.ArgumentTypeError(f"cannot write {name}: no such folder, or a folder itself")
+    return name
 
 
 def ratio(times: Mapping[str, Sequence[float]], label: str) -> float:

@@ -173,3 +173,14 @@ def test_swapped_labels_of_several_views(tmp_path):
     record = Record(write_folder(tmp_path / "c"), 0)
     dataset = VideoDataset([record], SegmentSampler(2, "test", 2), lambda clip, label: (clip, 1 - label))
     assert dataset[0][1] == 1
+
+
+def test_record_that_is_back(records, tmp_path):
+    away = tmp_path / "away"
+    records[0].path.rename(away)
+    dataset = VideoDataset(records, SegmentSampler(2, "test"), on_error="skip")
+    dataset[0]
+    assert dataset.broken == [0]
+    away.rename(records[0].path)
+    dataset[0]
+    assert dataset.broken == []

@@ -228,3 +228,19 @@ def test_normalise_needs_three():
 
 def test_separated_counter_clockwise():
     assert flip_pairs(["turn counter clockwise", "turn clockwise"]) == {0: 1, 1: 0}
+
+
+@pytest.mark.parametrize(
+    ("labels", "pairs"),
+    [
+        (["swipe_left", "swipe_right"], {0: 1, 1: 0}),
+        (["SwipeLeft", "SwipeRight"], {0: 1, 1: 0}),
+        (["leftward", "rightwards", "rightward"], {0: 2, 1: None, 2: 0}),
+        (["left1", "right1"], {0: 1, 1: 0}),
+        (["turn_counter_clockwise", "turn_clockwise"], {0: 1, 1: 0}),
+        (["upright", "brightness", "cleft", "leftover", "pull_right_out"], {}),
+    ],
+    ids=str,
+)
+def test_words_in_names_of_folders(labels, pairs):
+    assert flip_pairs(labels) == pairs

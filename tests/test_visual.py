@@ -387,3 +387,78 @@ def test_unwritable(tmp_path):
     with pytest.raises(ValueError, match="fps"):
         visual.animation(rows, tmp_path / "a.gif", fps=0)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["taken.gif", "taken.png"]
+
+
+def test_gates_of_a_compiled_network():
+    """Compiled code would run past the hooks."""
+    torch.manual_seed(0)
+    network = te.inject(timm.create_model("resnet10t", num_classes=3), "action", 2).eval()
+    clip = torch.randn(1, 2, 3, 32, 32)
+    expected = visual.excitations(network, clip)
+    network.compile(backend="eager")
+    model = te.VideoClassifier(network, dropout=0.0).eval()
+    with torch.no_grad():
+        model(clip)
+    found = visual.excitations(model, clip)
+    assert [site.layer for site in found] == [site.layer for site in expected] and len(found) == 4
+    for a, b in zip(found, expected, strict=True):
+        assert all(torch.equal(a.gates[name], b.gates[name]) for name in b.gates)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "layer", "shape"),
+    [
+        ("convnext_atto", (64, 96), None, (2, 3)),
+        ("convnext_tiny", (64, 96), "stages.2.blocks.1.norm", (4, 6)),
+        ("swin_tiny_patch4_window7_224", (224, 224), None, (7, 7)),
+    ],
+)
+def test_channels_last_layers(name, size, layer, shape):
+    model = te.VideoClassifier(timm.create_model(name, num_classes=3), 2, dropout=0.0).eval()
+    assert visual.grad_cam(model, torch.randn(1, 2, 3, *size), 0, layer).shape == (1, 2, *shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cam_of_half_precision(dtype):
+    torch.manual_seed(0)
+    clip = torch.randn(1, 2, 3, 64, 64)
+    linear = te.VideoClassifier(timm.create_model("resnet10t", num_classes=5), 2, dropout=0.0).eval()
+    exact = visual.cam(linear, clip, 0)
+    found = visual.cam(linear.to(dtype), clip.to(dtype), 0)
+    assert found.dtype == torch.float32
+    assert (found - exact).abs().max() < 0.1 * exact.abs().max()
+    other = te.VideoClassifier(timm.create_model("convnext_atto", num_classes=5), 2, dropout=0.0).eval()
+    with pytest.raises(ValueError, match="linear in the mean"):
+        visual.cam(other.to(dtype), clip.to(dtype), 0)
+
+
+def test_cam_under_autocast():
+    torch.manual_seed(0)
+    model = te.VideoClassifier(timm.create_model("resnet10t", num_classes=5), 2, dropout=0.0).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert visual.cam(model, torch.randn(1, 2, 3, 64, 64), 0).dtype == torch.float32
+
+
+def test_animation_of_labels_with_lines(tmp_path):
+    visual.animation({"STE\nres2": torch.zeros(2, 3, 8, 8, dtype=torch.uint8)}, tmp_path / "a.gif")
+    assert (tmp_path / "a.gif").exists()
+
+
+@pytest.mark.parametrize("target", ["a", [None, 1]], ids=str)
+def test_targets_that_are_no_numbers(target):
+    model = te.VideoClassifier(timm.create_model("resnet10t", num_classes=5), 2, dropout=0.0).eval()
+    with pytest.raises(TypeError, match="target must be a class number"):
+        visual.grad_cam(model, torch.randn(1, 2, 3, 32, 32), target)
+
+
+def test_overlay_of_maps_that_are_not_finite():
+    frames, maps = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.full((2, 4, 4), float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        visual.overlay(frames, maps)
+
+
+def test_colours_as_tensors():
+    clip = torch.randn(2, 3, 4, 4)
+    mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
+    expected = visual.unnormalise(clip, mean, std)
+    assert torch.equal(visual.unnormalise(clip, torch.tensor(mean), torch.tensor(std)), expected)

@@ -45,9 +45,14 @@ class Evaluation:
     skipped: int = 0
     """Videos left out because they could not be read."""
 
+    @property
+    def ranking(self) -> Tensor:
+        """(videos, classes): the classes, best first; of equal ones that with the lower number."""
+        return self.scores.argsort(dim=1, descending=True, stable=True)
+
     def topk(self, k: int) -> float:
         """Share of the videos whose class is among the k best, in percent."""
-        best = self.scores.topk(min(k, self.scores.shape[1]), dim=1).indices
+        best = self.ranking[:, :k]
         return 100.0 * (best == self.targets[:, None]).any(dim=1).double().mean().item()
 
     @property
@@ -69,7 +74,7 @@ class Evaluation:
     @property
     def predictions(self) -> Tensor:
         """The best class of every video."""
-        return self.scores.argmax(dim=1)
+        return self.ranking[:, 0]
 
     @property
     def confusion(self) -> Tensor:
@@ -88,16 +93,17 @@ class Evaluation:
 
         ``names``: of all videos of the data set.
         """
-        best = self.scores.topk(min(top, self.scores.shape[1]), dim=1)
+        best = self.ranking[:, :top]
+        values = self.scores.gather(1, best)
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            count = best.indices.shape[1]
+            count = best.shape[1]
             heads = [f"{what}{i + 1}" for i in range(count) for what in ("prediction", "score")]
             writer.writerow(["video", "label", *heads])
             for row, index in enumerate(self.indices.tolist()):
                 cells: list[Any] = [names[index], self.labels[int(self.targets[row])]]
                 for j in range(count):
-                    cells += [self.labels[int(best.indices[row, j])], f"{float(best.values[row, j]):.6f}"]
+                    cells += [self.labels[int(best[row, j])], f"{float(values[row, j]):.6f}"]
                 writer.writerow(cells)
 
     def plot_confusion(self, path: str | Path) -> None:
@@ -138,7 +144,10 @@ def video_scores(model: nn.Module, clips: Tensor, limit: int | None = None) -> T
     views = clips if clips.ndim == 6 else clips.unsqueeze(1)
     flat = views.flatten(0, 1)
     logits = torch.cat([model(part) for part in flat.split(limit or len(flat))])
-    return logits.float().softmax(dim=1).unflatten(0, views.shape[:2]).mean(dim=1)
+    scores = logits.float().softmax(dim=1)
+    if not scores.isfinite().all():
+        raise FloatingPointError("the network gives scores that are not finite: its training has diverged")
+    return scores.unflatten(0, views.shape[:2]).mean(dim=1)
 
 
 def evaluate(

@@ -108,11 +108,8 @@ class Recognizer:
         return LiveRecognizer(self, window)
 
     def _best(self, scores: Tensor, top: int) -> list[Prediction]:
-        best = scores.topk(min(positive_int("top", top), self.config.num_classes))
-        return [
-            Prediction(self.config.labels[i], score)
-            for i, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        ]
+        best = scores.argsort(descending=True, stable=True)[: positive_int("top", top)]
+        return [Prediction(self.config.labels[i], scores[i].item()) for i in best.tolist()]
 
     def _views(self, frames: Tensor, protocol: str) -> Tensor:
         if frames.ndim != 4 or frames.shape[1] != 3 or not len(frames) or frames.dtype != torch.uint8:
@@ -190,7 +187,12 @@ class LiveRecognizer:
             raise ValueError(f"expected a uint8 frame (3, H, W), got {frame.dtype} {tuple(frame.shape)}")
         x, _ = self._transform(tv_tensors.Video(frame[None]), 0)  # type: ignore[misc]
         consensus = self._stream(x.as_subclass(Tensor).to(self.recognizer.device)).consensus
-        return self.recognizer._best(consensus[0].softmax(0).cpu(), top)
+        scores = consensus[0].softmax(0).cpu()
+        if not scores.isfinite().all():
+            raise FloatingPointError(
+                "the network gives scores that are not finite: its training has diverged"
+            )
+        return self.recognizer._best(scores, top)
 
     def reset(self) -> None:
         """Let the next frame be the first."""

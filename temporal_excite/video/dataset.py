@@ -97,12 +97,12 @@ class VideoDataset(Dataset[tuple[Tensor, int]]):
 
     @property
     def broken(self) -> list[int]:
-        """The indices of the records found unreadable so far, by this process and by its workers."""
+        """The indices of the records that could not be read, when last tried, by this process or a worker."""
         return self._broken.nonzero().flatten().tolist()
 
     @property
     def errors(self) -> int:
-        """How many records were found unreadable so far, by this process and by its workers."""
+        """How many records could not be read, when last tried, by this process or a worker."""
         return int(self._broken.sum())
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
@@ -116,7 +116,9 @@ class VideoDataset(Dataset[tuple[Tensor, int]]):
         candidate = index
         for _ in range(_ATTEMPTS):
             try:
-                return self._load(candidate, state)
+                loaded = self._load(candidate, state)
+                self._broken[candidate] = False  # it may have been out of reach for a while
+                return loaded
             except VideoError as error:
                 if not self._broken[candidate]:
                     logger.warning("skipped: %s", error)

@@ -24,7 +24,10 @@ _MIRRORED = {
     "counterclockwise": "clockwise",
 }
 # "pulling it right out" (Something-Something) is no direction
-_MIRRORED_WORD = re.compile(r"\b(" + "|".join(_MIRRORED) + r")\b(?! out\b)")
+_MIRRORED_WORD = re.compile(
+    r"(?<![a-z])(" + "|".join(_MIRRORED) + r")(?=wards?(?![a-z])|(?![a-z]))(?! out\b)"
+)
+_WORD_BREAK = re.compile(r"_|(?<=[a-z])(?=[A-Z])")  # "swipe_left" and "SwipeLeft" are two words
 _COUNTERCLOCKWISE = re.compile(r"\b(counter|anti)[- ]?clockwise\b")
 
 
@@ -47,9 +50,9 @@ def flip_pairs(labels: Sequence[str]) -> dict[int, int | None]:
     """What a mirrored clip of each class shows: ``{class: class of the mirror image, or None}``.
 
     Only classes that change are in it. They are found by name: "left" and "right", "clockwise" and
-    "counterclockwise" (or "counter-clockwise", "anticlockwise") change places, whole words, in any case;
-    "right out" is no direction. A class whose mirrored name is not among the labels gets ``None`` and must
-    not be flipped.
+    "counterclockwise" (or "counter-clockwise", "anticlockwise") change places, whole words ("swipe_left",
+    "SwipeLeft" and "leftward" hold one), in any case; "right out" is no direction. A class whose mirrored
+    name is not among the labels gets ``None`` and must not be flipped.
 
     In Something-Something V1 and V2 this finds pulling (86, 87) and pushing (93, 94) "from left to right" /
     "from right to left" and turning the camera left / right (166, 167); in Jester (official, alphabetical
@@ -59,7 +62,8 @@ def flip_pairs(labels: Sequence[str]) -> dict[int, int | None]:
     >>> flip_pairs(["Swiping Left", "Swiping Right", "Stop Sign", "Thumb Left"])
     {0: 1, 1: 0, 3: None}
     """
-    names = [_COUNTERCLOCKWISE.sub("counterclockwise", name.lower()) for name in labels]
+    words = (_WORD_BREAK.sub(" ", name).lower() for name in labels)
+    names = [_COUNTERCLOCKWISE.sub("counterclockwise", name) for name in words]
     number = {name: i for i, name in enumerate(names)}
     pairs = {}
     for i, name in enumerate(names):

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..classifier import VideoClassifier
-from ..hosts import find_blocks
 from ..injection import sites
 from ..modules.action import CE, ME, STE, ActionModule
 from ..modules.tefe import TEModule
-from ..ops import to_clips
+from ..ops import full_precision, to_clips
 
 Target = int | Sequence[int] | Tensor | None
 
@@ -52,12 +51,13 @@ def cam(video_model: VideoClassifier, clip: Tensor, target: Target = None) -> Te
         output = model.forward_features(frames)  # type: ignore[operator]
         frame_logits = model.forward_head(output.clone())  # type: ignore[operator]
         precise = torch.promote_types(output.dtype, torch.float32)
-        features = _channels_first(output, model, frames, name).to(precise)
+        features = _channels_first(output, frames, name).to(precise)
         weight = classifier.weight.flatten(1).to(precise)
         linear = None
-        if weight.shape[1] == features.shape[1]:
-            bias = 0 if classifier.bias is None else classifier.bias.to(precise)
-            linear = features.mean(dim=(2, 3)) @ weight.T + bias
+        with full_precision(features):
+            if weight.shape[1] == features.shape[1]:
+                bias = 0 if classifier.bias is None else classifier.bias.to(precise)
+                linear = features.mean(dim=(2, 3)) @ weight.T + bias
         if linear is None or not _close(linear, frame_logits, output.dtype):
             raise ValueError(
                 f"CAM needs logits that are linear in the mean of the last features; {name} pools otherwise, "
@@ -65,7 +65,8 @@ def cam(video_model: VideoClassifier, clip: Tensor, target: Target = None) -> Te
                 "grad_cam(video_model, clip) is the way"
             )
         chosen = _targets(target, to_clips(linear, video_model.n_segment).mean(dim=1))
-        return torch.einsum("nc,ntchw->nthw", weight[chosen], to_clips(features, video_model.n_segment))
+        with full_precision(features):
+            return torch.einsum("nc,ntchw->nthw", weight[chosen], to_clips(features, video_model.n_segment))
 
 
 def grad_cam(
@@ -115,14 +116,14 @@ def grad_cam(
                     f"the layer {name!r} runs {len(found)} times in a pass: choose one that runs once"
                 )
             output = found[0]
-        features = _channels_first(output, model, frames, name)
+        features = _channels_first(output, frames, name)
         chosen = _targets(target, logits.detach())
         score = logits.gather(1, chosen[:, None]).sum()  # in eval mode the clips of a batch are independent
         gradient = torch.autograd.grad(score, output, allow_unused=True)[0] if output.requires_grad else None
     if gradient is None:
         raise ValueError(f"the output of the layer {name!r} has no part in the logits: choose another layer")
     precise = torch.promote_types(features.dtype, torch.float32)
-    gradient = _channels_first(gradient, model, frames, name).to(precise)
+    gradient = _channels_first(gradient, frames, name).to(precise)
     weights = gradient.mean(dim=(2, 3), keepdim=True)
     maps = (weights * features.detach().to(precise)).sum(dim=1).relu()
     return to_clips(maps, video_model.n_segment)
@@ -243,7 +244,10 @@ def _targets(target: Target, logits: Tensor) -> Tensor:
     count, classes = logits.shape
     if target is None:
         return logits.argmax(dim=1)
-    chosen = torch.as_tensor(target, device=logits.device)
+    try:
+        chosen = torch.as_tensor(target, device=logits.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"target must be a class number, or one for each clip, got {target!r}") from error
     if chosen.dtype.is_floating_point or chosen.dtype.is_complex or chosen.dtype == torch.bool:
         raise TypeError(f"target must be a class number, or one for each clip, got {target!r}")
     if chosen.ndim > 1 or (chosen.ndim == 1 and len(chosen) != count):
@@ -276,13 +280,14 @@ def _layer(video_model: VideoClassifier, layer: str | nn.Module | None) -> tuple
         raise ValueError(f"{type(model).__name__} does not hold the given {type(layer).__name__}")
     if not isinstance(layer, str):
         raise TypeError(f"layer must be a name or a module, got {type(layer).__name__}")
-    if layer not in known or not layer:
-        near = difflib.get_close_matches(layer, known, n=4) or [name for name in known if name][:4]
+    names = [name for name in known if name]
+    if layer not in names:
+        near = difflib.get_close_matches(layer, names, n=4) or names[:4]
         raise ValueError(f"{type(model).__name__} has no layer {layer!r}; it has {', '.join(near)}, ..")
     return layer, known[layer]
 
 
-def _channels_first(features: object, model: nn.Module, frames: Tensor, name: str) -> Tensor:
+def _channels_first(features: object, frames: Tensor, name: str) -> Tensor:
     """A layer's output as ``(N*T, C, h, w)``."""
     if not isinstance(features, Tensor) or features.ndim != 4 or len(features) != len(frames):
         shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
@@ -290,34 +295,34 @@ def _channels_first(features: object, model: nn.Module, frames: Tensor, name: st
             f"the output of {name!r} is no feature map (N*T, C, h, w) of {len(frames)} frames but {shape}: "
             "choose another layer"
         )
-    if any(block.host.nhwc for block in find_blocks(model)):
-        # such a network holds both orders; the frame's proportions tell which dimensions are space
-        wanted = log(frames.shape[2] / frames.shape[3])
-        _, a, b, c = features.shape
-        if abs(log(a / b) - wanted) < abs(log(b / c) - wanted):
-            return features.permute(0, 3, 1, 2)
-    return features
+    # networks hold both orders; the frame's proportions tell which dimensions are space
+    wanted = log(frames.shape[2] / frames.shape[3])
+    _, a, b, c = features.shape
+    last = abs(log(a / b) - wanted) < abs(log(b / c) - wanted)
+    return features.permute(0, 3, 1, 2) if last else features
 
 
 def _close(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
     """Equal up to rounding in ``dtype``."""
     if ours.shape != theirs.shape:
         return False
-    error = (ours - theirs).abs().max()
-    return bool(error <= 1e3 * torch.finfo(dtype).eps * (1 + theirs.abs().max()))
+    largest = theirs.abs().max()
+    factor = 1e3 if torch.finfo(dtype).bits >= 32 else 16  # 1e3 would be more than all of a 16-bit value
+    return bool((ours - theirs).abs().max() <= factor * torch.finfo(dtype).eps * largest)
 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and no checkpointing, which runs a stage's layers past the stage and its hooks; afterwards
-    each layer's own modes again."""
+    """Eval mode, neither compiled nor checkpointed, which would run layers past their hooks; afterwards each
+    layer's own modes again."""
     modes = {module: module.training for module in model.modules()}
     checkpointing = [module for module in modes if getattr(module, "grad_checkpointing", False) is True]
     try:
         model.eval()
         for module in checkpointing:
             module.grad_checkpointing = False  # type: ignore[assignment]
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for module, training in modes.items():
             module.training = training

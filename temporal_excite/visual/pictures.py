@@ -36,7 +36,8 @@ def unnormalise(
         raise ValueError(f"expected one clip (T, 3, H, W), got {tuple(clip.shape)}")
     if clip.dtype == torch.uint8:
         return clip
-    scale, shift = (torch.tensor(v).view(-1, 1, 1) for v in (std or (1.0,), mean or (0.0,)))
+    given = (1.0,) if std is None else std, (0.0,) if mean is None else mean
+    scale, shift = (torch.as_tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in given)
     return ((clip.float() * scale + shift).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
@@ -76,6 +77,8 @@ def overlay(
         raise ValueError(
             f"expected a map for each of the {len(frames)} frames, (T, h, w), got {tuple(maps.shape)}"
         )
+    if not maps.isfinite().all():
+        raise ValueError("the maps hold values that are not finite")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1], got {alpha}")
     need("matplotlib", "visual", "pictures")
@@ -149,7 +152,7 @@ def animation(rows: Mapping[str, Tensor], path: str | Path, *, fps: float = 4.0,
         side: height in pixels of a picture.
     """
     count = _frame_count(rows)
-    if fps <= 0 or side < 1:
+    if not 0 < fps < float("inf") or side < 1:
         raise ValueError(f"fps and side must be above 0, got {fps} and {side}")
     check_path(path, ANIMATIONS)
     need("PIL", "visual", "pictures")
@@ -166,10 +169,11 @@ def animation(rows: Mapping[str, Tensor], path: str | Path, *, fps: float = 4.0,
             )
         picture = Image.new("RGB", (sum(tile.width + gap for tile in tiles) - gap, side + caption), "white")
         draw, x = ImageDraw.Draw(picture), 0
-        for label, tile in zip(rows, tiles, strict=True):
+        for text, tile in zip(rows, tiles, strict=True):
+            label = (text.splitlines() or [""])[0]
             while label and draw.textlength(label, font) > tile.width:
                 label = label[:-1]
-            draw.text((x + 2, 2), label.splitlines()[0] if label else "", "black", font)
+            draw.text((x + 2, 2), label, "black", font)
             picture.paste(tile, (x, caption))
             x += tile.width + gap
         pictures.append(picture)

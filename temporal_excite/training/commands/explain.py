@@ -1,8 +1,11 @@
 """``temporal-excite explain``."""
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ...video import Record
@@ -69,13 +72,15 @@ def run(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
 
     rows: dict[str, Tensor] = {}
-    titles, written = [], [f"maps.{args.format}", f"maps.{args.animation}"]
+    titles = []
+    pictures: dict[str, Callable[..., object]] = {}  # drawn when everything is computed
     for number, (source, model) in enumerate(zip(sources, models, strict=True), 1):
         clip, _ = test_dataset([Record(args.video, 0)], model.config)[0]
         frames = unnormalise(clip, model.config.mean, model.config.std)
         rows.setdefault("input", frames)
         clip = clip.unsqueeze(0).to(model.device)
-        best = model.model(clip).softmax(dim=1)[0].topk(min(3, config.num_classes))
+        with torch.no_grad():
+            best = model.model(clip).softmax(dim=1)[0].topk(min(3, config.num_classes))
         top = ", ".join(
             f"{config.labels[i]} {100 * score:.0f} %"
             for i, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)
@@ -94,13 +99,14 @@ def run(args: argparse.Namespace) -> int:
             print(f"  no excitation maps: {error}")
             continue
         if masks := mask_rows(gates, frames):
-            written.append(f"masks_{number}.{args.format}")
-            figure({"input": frames, **masks}, args.out / written[-1], title=titles[-1])
+            shown = {"input": frames, **masks}
+            pictures[f"masks_{number}.{args.format}"] = partial(figure, shown, title=titles[-1])
         if any(g.ndim == 3 for site in gates for g in site.gates.values()):
-            written.append(f"attention_{number}.{args.format}")
-            attention(gates, args.out / written[-1])
-    shown = "" if target is None else f"\nmaps of {args.target!r}"
-    figure(rows, args.out / written[0], title="\n".join(titles) + shown)
-    animation(rows, args.out / written[1])
-    print(f"wrote {', '.join(sorted(written))} to {args.out}")
+            pictures[f"attention_{number}.{args.format}"] = partial(attention, gates)
+    title = "\n".join(titles) + ("" if target is None else f"\nmaps of {args.target!r}")
+    pictures[f"maps.{args.format}"] = partial(figure, rows, title=title)
+    pictures[f"maps.{args.animation}"] = partial(animation, rows)
+    for name, draw in pictures.items():
+        draw(path=args.out / name)
+    print(f"wrote {', '.join(sorted(pictures))} to {args.out}")
     return 0

@@ -59,7 +59,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "where they are only numbers (default: auto)",
     )
     change = parser.add_argument_group("instead of the recipe's values")
-    change.add_argument("--epochs", type=int, metavar="N", help="milestones move along in proportion")
+    change.add_argument(
+        "--epochs",
+        type=int,
+        metavar="N",
+        help="milestones move along in proportion; those that meet act once",
+    )
     change.add_argument("--lr", type=float, help="default: the recipe's, scaled with the batch size")
     change.add_argument(
         "--batch-size", type=int, metavar="N", help="clips in one optimiser step, all processes"
