@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 def unit_norm(channels: int) -> nn.BatchNorm2d:
     """A batch norm that changes nothing."""
-    norm = nn.BatchNorm2d(channels, eps=0).double().eval()
-    return norm
+    return nn.BatchNorm2d(channels, eps=0).double().eval()
 
 
 def full_temporal_conv(x: Tensor, weight: Tensor, n_segment: int, first: int = -1) -> Tensor:

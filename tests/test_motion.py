@@ -1,17 +1,14 @@
 """The generated clips tell their class by the order of frames alone, and the benchmark runs end to end."""
 
 import sys
-from pathlib import Path
 
+import motion
 import numpy as np
 import pytest
 import torch
 
 from temporal_excite.training import ModelConfig, build_model
 from temporal_excite.video import read_frames
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import motion
 
 
 def test_files_are_lossless_and_twins_share_their_frames(tmp_path):
@@ -69,7 +66,7 @@ def test_only_networks_with_temporal_modules_see_the_order(name):
     assert difference < 1e-12 if name == "tsn" else difference > 1e-7
 
 
-def test_one_block_of_shift_cannot_tell_a_disc_from_a_plus_three_frames_later(tmp_path):
+def test_one_block_of_shift_cannot_tell_a_disc_from_a_plus_three_frames_later():
     """Receptive field 3: the time reverse of the fourth pair gives the same frame logits in another order."""
     painter = motion.Painter(np.random.default_rng(3))
     clip = painter.clip(3)

@@ -242,7 +242,7 @@ def test_overlay_of_odd_size(causal, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("error", ["picture", "interrupt", "terminate"])
-def test_overlay_is_whole_after_an_error(causal, clip, tmp_path, capsys, error, monkeypatch):
+def test_overlay_is_whole_after_an_error(causal, tmp_path, capsys, error, monkeypatch):
     folder = write_folder(tmp_path / "frames", 6)
     base = ["watch", str(causal), str(folder), "--overlay", str(tmp_path / "o.mp4")]
     if error == "picture":
