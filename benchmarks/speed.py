@@ -52,7 +52,7 @@ def peak_bytes(device: torch.device, reset: bool = False) -> float | None:
             getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
             Path("/proc/self/clear_refs").write_text("5")
         status = Path("/proc/self/status").read_text()
-    except OSError:
+    except (OSError, TypeError):  # TypeError: no C library without a name, on Windows
         return None
     return 1024.0 * int(status.split("VmHWM:")[1].split()[0])
 

@@ -7,7 +7,7 @@ import copy
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,7 +92,7 @@ def count(
             the papers' numbers are about.
 
     Raises:
-        TypeError: ``model`` is not a module, or ``clip_shape`` not a sequence of ints.
+        TypeError: ``model`` is not a module, or ``clip_shape`` no sequence.
         ValueError: an unknown convention, a wrong clip shape, a T that differs from the model's
             ``n_segment``, or a shape the model does not take.
     """
@@ -109,9 +109,10 @@ def count_all(model: nn.Module, clip_shape: Sequence[int], *, fast: bool = False
     shape = _clip_shape(clip_shape)
     segments = {n for m in model.modules() if isinstance(n := getattr(m, "n_segment", None), int)}
     if segments - {shape[-4]}:
+        known = ", ".join(map(str, sorted(segments)))
+        fix = f"call set_n_segment(model, {shape[-4]}) first" if sites(model) else f"count clips of {known}"
         raise ValueError(
-            f"clip_shape {shape} holds clips of {shape[-4]} frames, but the model's n_segment is "
-            f"{', '.join(map(str, sorted(segments)))}: call set_n_segment(model, {shape[-4]}) first"
+            f"clip_shape {shape} holds clips of {shape[-4]} frames, the model's n_segment is {known}: {fix}"
         )
     by_module, paper_only, unknown = _trace(model, (math.prod(shape[:-3]), *shape[-3:]), fast)
     parameters = sum(p.numel() for p in model.parameters())
@@ -164,6 +165,8 @@ def efficiency(delta_flops: float, delta_top1: float) -> float:
 
 
 def _clip_shape(clip_shape: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(clip_shape, Iterable):
+        raise TypeError(f"clip_shape must be (T, C, H, W) or (N, T, C, H, W), got {clip_shape!r}")
     shape = tuple(clip_shape)
     if len(shape) not in (4, 5) or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in shape):
         raise ValueError(

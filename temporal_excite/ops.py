@@ -286,15 +286,15 @@ _constants: dict[tuple[Any, ...], Tensor] = {}
 
 
 def constant(
-    rows: Callable[[int, int], list[list[float]]], height: int, width: int, like: Tensor, dtype: torch.dtype
+    rows: Callable[[int, int], list[list[float]]], first: int, second: int, like: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """``rows(height, width)`` on the device of ``like``, made once; not to be changed."""
-    key = rows, height, width, dtype, like.device
+    """``rows(first, second)`` on the device of ``like``, made once; not to be changed."""
+    key = rows, first, second, dtype, like.device
     real = type(like) in (Tensor, nn.Parameter) and not traced()  # no stand-in of a tracer
     if real and key in _constants:
         return _constants[key]
     with torch.inference_mode(False):
-        found = like.new_tensor(rows(height, width), dtype=dtype)
+        found = like.new_tensor(rows(first, second), dtype=dtype)
     if real and type(found) is Tensor:
         _constants[key] = found
     return found

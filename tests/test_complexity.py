@@ -234,3 +234,11 @@ def test_shift_does_no_arithmetic():
     plain = timm.create_model("resnet18")
     skipped = te.count(plain, (8, 3, 32, 32)).skipped
     assert te.count(te.inject(plain, "tsm"), (8, 3, 32, 32)).skipped == skipped
+
+
+def test_clips_of_another_length_without_modules():
+    video = te.VideoClassifier(timm.create_model("resnet18"), 8)
+    with pytest.raises(ValueError, match="n_segment is 8: count clips of 8"):
+        te.count(video, (4, 3, 32, 32))
+    with pytest.raises(TypeError, match="clip_shape must be"):
+        te.count(video, 5)

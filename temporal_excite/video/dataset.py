@@ -89,6 +89,7 @@ class VideoDataset(Dataset[tuple[Tensor, int]]):
 
     @property
     def epoch(self) -> int:
+        """What :meth:`set_epoch` has set, 0 before."""
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
