@@ -114,3 +114,10 @@ def test_benchmark_smoke(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", arguments)
     motion.main()
     assert (tmp_path / "out" / "tsn-0.json").stat().st_mtime_ns == written
+    monkeypatch.setattr(sys, "argv", [*arguments, "--steps", "9"])
+    with pytest.raises(SystemExit):
+        motion.main()
+    assert "is of the budget [6, 8, 32, 16]" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*arguments, "--clips", "5"])
+    with pytest.raises(ValueError, match="lists 32 clips, not 5 for each of 8 classes"):
+        motion.main()

@@ -32,3 +32,18 @@ def test_prints_a_row_for_each_network(more, tmp_path, monkeypatch, capsys):
     assert [r["network"] for r in rows] == ["plain", "tsm", "tsm as published", "me", "me as published"]
     assert all(r["ratio"] > 0 and r["saved_MiB"] > 0 for r in rows)
     assert "me as published" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["causal", "identity_start"])
+def test_forms_that_were_not_published(option):
+    module = te.ActionModule(32, 4, **{option: True})
+    assert not as_published.use_published_forms(module)
+
+
+@pytest.mark.parametrize("more", [["--json=nowhere/out.json"], ["--plot=nowhere/out.png"], ["--repeats=0"]])
+def test_wrong_options_end_before_the_measurements(more, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["speed.py", *more])
+    monkeypatch.setattr(speed, "measure", lambda options: pytest.fail("measured"))
+    with pytest.raises(SystemExit):
+        speed.main()
+    assert more[0].partition("=")[0] in capsys.readouterr().err
