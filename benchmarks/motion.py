@@ -520,7 +520,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {args.jobs}")
-    if not 1 <= args.batch_size <= args.clips * len(LABELS):
+    if not (args.only_data or args.quick or 1 <= args.batch_size <= args.clips * len(LABELS)):
         parser.error(
             f"--batch-size must be 1 to {args.clips * len(LABELS)}, all clips; got {args.batch_size}"
         )
