@@ -44,6 +44,8 @@ TAIL = """
   timm freezes such a block's parameters, the module's among them.
 - A module after a batch norm (`out:bn3` and the like, mostly loc4): convert to SyncBatchNorm before injecting. Converting
   afterwards makes a new layer without the module; the next forward raises, and `eject` clears what is left.
+- Layers that are wrapped or replaced, as by adapters (LoRA) on a network's convolutions: do it first and inject then. A
+  module goes with the layer it was put on: afterwards the wrapper's own branch would see what the module has not.
 - `torch.ao.quantization.fuse_modules` keeps the modules. Passes over `torch.fx` graphs that put other layers in the place of
   convolutions and norms (`torch.fx.experimental.optimization.fuse`, `quantize_fx`) do not see the modules on them and lose
   them without a word: use `torch.export`.

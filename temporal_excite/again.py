@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_map_only
 
 from .ops import autocast_dtype
 
@@ -27,6 +28,7 @@ class Again:
     def __init__(self, y: Tensor, compute: Callable[[], Tensor]) -> None:
         self._compute = compute
         self._version = y._version
+        self._strides = y.stride()
         self._owed = self._left = 0  # tensors saved as this; of these, not asked for yet
         self._value: Tensor | None = None
 
@@ -45,6 +47,8 @@ class Again:
 
         Everything else is kept as it is, out of reach of hooks around this: enter it for one operation.
         """
+        if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+            return nullcontext()
         address, size = y.data_ptr(), y.numel()  # not y, which the hooks would keep
 
         def pack(saved: Tensor) -> tuple[Any, ...]:
@@ -64,7 +68,10 @@ class Again:
     def value(self) -> Tensor:
         """``y``; the same tensor for all that are owed it in one backward pass."""
         if self._value is None:
-            self._value = self._compute()
+            value = self._compute()
+            if value.stride() != self._strides:  # hooks kept its inputs in another layout
+                value = value.new_empty_strided(value.shape, self._strides).copy_(value)
+            self._value = value
             self._left = self._owed
         value, self._left = self._value, self._left - 1
         if self._left < 1:
@@ -102,6 +109,9 @@ class Input(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if any(kind is not cls for kind in types):  # others have their own ways
+            args, kwargs = tree_map_only(Input, lambda x: x.as_subclass(Tensor), (args, kwargs or {}))
+            return func(*args, **kwargs)
         first: Any = args[0] if args else None
         with torch._C.DisableTorchFunctionSubclass():
             if func is F.relu and (kwargs or {}).get("inplace") and _is_rectified(first):

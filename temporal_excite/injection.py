@@ -3,7 +3,7 @@
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar, overload
 
@@ -17,7 +17,7 @@ from .again import Input
 from .hosts import PLACEMENTS, Block, find_blocks
 from .modules.base import TemporalModule, is_causal
 from .modules.registry import module_factory, module_names, network_names, network_plan
-from .ops import positive_int
+from .ops import has_hooks, positive_int
 
 Model = TypeVar("Model", bound=nn.Module)
 BlockFilter = str | Callable[[str], bool]
@@ -45,21 +45,32 @@ class _Hook:
         return layer.temporal(x)  # type: ignore[operator]
 
 
+def _given(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not args:
+        raise TypeError(
+            f"{type(layer).__name__} is called by keyword: a temporal module works on the first of the "
+            "arguments given by place"
+        )
+    return args
+
+
 class _Before(_Hook):
     def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         if _hook(layer) is not self:
             return args
-        return (passes.lent(args[0], self.run(layer, args[0])), *args[1:])
+        x, *others = _given(layer, args)
+        return (passes.lent(x, self.run(layer, x)), *others)
 
 
 class _After(_Hook):
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         if _hook(layer) is not self:
             return output
-        passes.lent_by_norm(layer, args[0], output)
+        if args:
+            passes.lent_by_norm(layer, args[0], output)
         y = self.run(layer, output)
-        if isinstance(y, Input) and len(layer._forward_hooks) > 1:  # others may change it
-            return y.as_subclass(Tensor)
+        if isinstance(y, Input) and (len(layer._forward_hooks) > 1 or has_hooks(layer.temporal)):  # type: ignore[arg-type]
+            return y.as_subclass(Tensor)  # others may change it
         return y
 
 
@@ -92,7 +103,7 @@ class _Around(_Hook):
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         if _hook(layer) is not self:
             return output
-        return layer.temporal(args[0], output)  # type: ignore[operator]
+        return layer.temporal(_given(layer, args)[0], output)  # type: ignore[operator]
 
 
 @dataclass(frozen=True)
@@ -305,8 +316,9 @@ def inject(
             anchor = block.anchor(placement or "loc1")
             child = factory(block.channels(anchor), n_segment=n_segment, **kwargs)
             insertions.append(Insertion(block, anchor, placement or "loc1", child))
+    holders: set[nn.Module] = set()
     for insertion in insertions:
-        _check_place(insertion.block, insertion.anchor)
+        holders.add(_check_place(insertion, holders))
         if not isinstance(insertion.module, nn.Module):
             raise TypeError(
                 f"{module!r} gave {insertion.module!r} for {insertion.block.name}, not a torch.nn.Module"
@@ -442,8 +454,11 @@ def _select(
     """The blocks an inject call means."""
     if every is not None:
         positive_int("every", every)
-    if stages is not None and not (isinstance(stages, Iterable) and all(isinstance(s, int) for s in stages)):
-        raise TypeError(f"stages must be numbers such as (2, 3), got {stages!r}")
+    if stages is not None:
+        if isinstance(stages, Iterable):
+            stages = tuple(stages)
+        if not (isinstance(stages, tuple) and all(isinstance(stage, int) for stage in stages)):
+            raise TypeError(f"stages must be numbers such as (2, 3), got {stages!r}")
     for name, rule in (("include", include), ("exclude", exclude)):
         if not (rule is None or isinstance(rule, str) or callable(rule)):
             raise TypeError(f"{name} must be a regular expression or a callable, got {rule!r}")
@@ -523,11 +538,17 @@ def _check_causal(factory: Callable[..., Any], module: Any) -> None:
         raise TypeError(f"{module!r} has no causal form: it takes no keyword causal")
 
 
-def _check_place(block: Block, anchor: str) -> None:
-    """Raise unless a module can hang at an anchor."""
+def _check_place(insertion: Insertion, taken: Set[nn.Module]) -> nn.Module:
+    """The layer that is to hold the module; raises unless it can."""
+    block, anchor = insertion.block, insertion.anchor
+    if anchor.partition(":")[0] not in ("pre", "out", "around", "instead"):
+        raise ValueError(f"unknown anchor {anchor!r} in {block.name}: use pre:, out:, around: or instead:")
     _, holder = block.holder(block.layer(anchor)[0])
     if hasattr(holder, CHILD):
         raise ValueError(f"{type(holder).__name__} in {block.name} has an attribute {CHILD!r} of its own")
+    if holder in taken:
+        raise ValueError(f"{type(holder).__name__} in {block.name} cannot hold two modules: make them one")
+    return holder
 
 
 def _prepared(insertion: Insertion) -> Insertion:

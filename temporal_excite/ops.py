@@ -326,14 +326,14 @@ def _mean(x: Tensor, dims: tuple[int, ...], count: int, keepdim: bool = False) -
 
 
 def has_hooks(layer: nn.Module) -> bool:
-    """Whether calling a layer does more than its ``forward``."""
+    """Whether calling a layer does more than its ``forward``; a counter's own hooks do nothing."""
     hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
-    return any(map(len, hooks))
+    return not _countable and any(map(len, hooks))
 
 
 def read_as_called(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Whether to read a convolution's weight and compute with it is as good as to call it."""
-    return type(conv) is nn.Conv2d and (_countable or not has_hooks(conv))  # a counter's own do nothing
+    return type(conv) is nn.Conv2d and not has_hooks(conv)
 
 
 def weight_of(layer: nn.Module) -> Tensor:

@@ -44,8 +44,7 @@ def recompute(method: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     parameters = [p for p in _parameters(module) if p.requires_grad]
     if not needs_grad(x, *parameters) or not _repeats(module):
         return method(x)
-    result: Tensor = _Recompute.apply(method, _AsItWas(module), x, *parameters)
-    return result
+    return _noted(_Recompute.apply(method, _AsItWas(module), x, *parameters))
 
 
 class _Recompute(torch.autograd.Function):
@@ -146,6 +145,8 @@ def lent(x: Tensor, y: Tensor) -> Tensor:
     if traced() or not (needs_grad(y) and _is_real(y)):
         return y
     node: Any = y.grad_fn
+    if getattr(node, "version", None) != y._version:  # a hook has changed it, unseen by autograd
+        return y
     if hasattr(node, "recomputed"):
         compute: Callable[[], Tensor] = partial(_output_of, node)
     elif hasattr(node, "again") and x.grad_fn and node.next_functions[0] == (x.grad_fn, x.output_nr):
@@ -155,6 +156,15 @@ def lent(x: Tensor, y: Tensor) -> Tensor:
     given = y.as_subclass(Input)
     given.again = Again(given, compute)
     return given
+
+
+def _noted(y: Tensor, again: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """``y``, for :func:`lent`: its node knows the version that it made, and how to make it ``again``."""
+    node: Any = y.grad_fn
+    node.version = y._version
+    if again:
+        node.again = again
+    return y
 
 
 def _output_of(node: Any) -> Tensor:
@@ -225,9 +235,7 @@ def _conv_of(x: Tensor, weight: Tensor, n_segment: int, offset: int) -> Tensor:
         return _temporal_conv(x, weight, n_segment, offset, memory.empty_like)
 
     with sparing(x):
-        result: Tensor = _TemporalConv.apply(x, weight, n_segment, offset)
-    result.grad_fn.again = convolved  # type: ignore[union-attr]
-    return result
+        return _noted(_TemporalConv.apply(x, weight, n_segment, offset), convolved)
 
 
 def _temporal_conv(
@@ -414,9 +422,7 @@ def gate(y: Tensor, *gates: Tensor, reuse: bool = False) -> Tensor:
         return y * sum(gates[1:], gates[0]).to(y.dtype)
     if needs_grad(y, *gates):
         with sparing(y):
-            result: Tensor = _Gate.apply(y, *gates)
-        result.grad_fn.again = lambda y: gate(y, *gates)  # type: ignore[union-attr]
-        return result
+            return _noted(_Gate.apply(y, *gates), lambda y: gate(y, *gates))
     in_order = _is_channels_last(y) or y.is_contiguous()
     return _gate(y, gates, y if reuse and in_order else memory.empty_like(y, memory_format=_layout(y)))
 
@@ -489,7 +495,8 @@ def excite(x: Tensor, weight: Tensor, gate_of: Callable[[Tensor], Tensor]) -> Te
     squeezed, same = _Squeeze.apply(x, weight, ends)
     y: Tensor = _Excite.apply(same, gate_of(squeezed), ends)
     if again := Again.of(x):
-        again.replaced(computing(lambda y: y, y))
+        # detached: with y's node, which leads to the layer that keeps this, it would be a circle
+        again.replaced(computing(lambda y: y, y.detach().requires_grad_()))
     return y
 
 
@@ -529,7 +536,9 @@ class _Excite(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        y, factor = ctx.ends[:] = ctx.saved_tensors
+        y, factor = ctx.saved_tensors
+        # with their nodes they would be a circle, if the squeeze's backward pass never comes
+        ctx.ends[:] = (y, factor) if torch.is_grad_enabled() else (y.detach(), factor.detach())
         (sums,) = _sums_of_products(grad, y, [factor])
         return gate(grad, factor), sums / factor, None
 
@@ -557,9 +566,7 @@ def part_shift(x: Tensor, ahead: int, behind: int, n_segment: int, reverse: bool
 
     if not needs_grad(x):
         return shifted(x)
-    result: Tensor = _PartShift.apply(x, ahead, behind, n_segment, reverse)
-    result.grad_fn.again = shifted  # type: ignore[union-attr]
-    return result
+    return _noted(_PartShift.apply(x, ahead, behind, n_segment, reverse), shifted)
 
 
 def _part_shift(

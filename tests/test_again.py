@@ -22,6 +22,7 @@ import temporal_excite as te
 from temporal_excite import passes
 from temporal_excite.hosts import blocks
 from temporal_excite.modules import TemporalModule
+from temporal_excite.modules.tea import MotionExcitation
 
 MODULES = ("tsm", "shift", "ste", "ce", "me", "action", "te", "tea_me")
 NETWORKS = [
@@ -504,3 +505,148 @@ def test_behind_a_norm_that_changes_nothing_is_lost():
         x = torch.randn(8, 3, 6, 5, dtype=torch.float64)
         plain = te.set_fast(copy.deepcopy(model), False)
         close(gradients(model, x), gradients(plain, x))
+
+
+def compared(change, module="shift", training=True, **kwargs):
+    """Output and gradients of the fast and the published form of a changed network."""
+    results = []
+    for fast in (True, False):
+        model = te.set_fast(network(module, **kwargs), fast).train(training)
+        change(model)
+        x = torch.randn(8, 3, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        y = model(x)
+        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), list(model.parameters()))])
+    close(*results)
+
+
+@pytest.mark.parametrize("module", ["tsm", "shift", "action"])
+def test_hooks_that_keep_no_strides(module):
+    """As ``save_on_cpu(pin_memory=True)`` and FSDP's offloading."""
+    results = []
+    for fast in (True, False):
+        model = te.set_fast(network(module), fast).train().to(memory_format=torch.channels_last)
+        x = torch.randn(8, 3, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: torch.empty(t.size(), dtype=t.dtype).copy_(t), lambda t: t
+        ):
+            y = model(x.to(memory_format=torch.channels_last))
+        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), list(model.parameters()))])
+    close(*results)
+
+
+@pytest.mark.parametrize("module", ["tsm", "shift", "action", "te"])
+@pytest.mark.parametrize("placement", ["loc1", "loc4"])
+def test_hooks_that_change_the_output_unseen(module, placement):
+    def clip(_, __, output):
+        with torch.no_grad():
+            output.clamp_(-0.5, 0.5)
+
+    def change(model):
+        for site in te.sites(model):
+            site.module.register_forward_hook(clip)
+
+    compared(change, module, placement=placement)
+
+
+def test_hooks_on_the_norm_of_motion_excitation():
+    def change(model):
+        for site in te.sites(model):
+            site.module.me.norm.register_forward_hook(lambda _, __, output: 3 * output)
+
+    compared(change, "me", training=False)
+
+
+def test_output_of_the_shift_is_left_alone():
+    model, seen = network("action").eval(), []
+    shift = te.sites(model)[0].module.shift
+    shift.register_forward_hook(lambda _, __, output: seen.extend([output, output.clone()]))
+
+    class Same(nn.Module):
+        def forward(self, x):
+            return x.view_as(x)
+
+    te.sites(model)[1].module.shift = Same()
+    x = torch.randn(8, 3, 6, 5, dtype=torch.float64)
+    with torch.no_grad():
+        found = model(x)
+        assert torch.equal(*seen)
+        close([found], [te.set_fast(model, False)(x)])
+
+
+class Signs(nn.Parameter):
+    """A weight with its own way to convolve."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is F.conv2d:
+                args = (args[0], args[1].sign(), *args[2:])
+            return func(*args, **(kwargs or {}))
+
+
+def test_weights_of_other_kinds():
+    def change(model):
+        for block in list(model)[1:]:
+            block.conv.weight = Signs(block.conv.weight.detach().clone())
+
+    results = []
+    for fast in (True, False):
+        model = te.set_fast(network("shift"), fast).train()
+        change(model)
+        y = model(torch.ones(8, 3, 6, 5, dtype=torch.float64))
+        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), model[0].weight)])
+    close(*results)
+
+
+def test_hooks_on_saved_tensors_disabled():
+    model = network("shift").train()
+    with torch.autograd.graph.disable_saved_tensors_hooks("none here"):
+        model(torch.randn(8, 3, 6, 5, dtype=torch.float64)).sum().backward()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_changes_of_a_rectified_result(training):
+    """Behind TEA's ME the block's ReLU has nothing to do, but after a hook it may."""
+    torch.manual_seed(0)
+    block = {"num_classes": 3, "zero_init_last": False}
+    model = te.inject(timm.create_model("res2net50_26w_4s", **block).double(), "tea", 2).train(training)
+    for site in te.sites(model):
+        if "me" in site.placement:
+            module = site.module if not hasattr(site.module, "me") else site.module.me
+            module.register_forward_hook(lambda _, __, output: (output.sub_(0.3), None)[1])
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    with torch.inference_mode():
+        found = copy.deepcopy(model)(x)
+        close([found], [te.set_fast(copy.deepcopy(model), False)(x)])
+
+
+class Mark(torch.autograd.Function):
+    """A node that holds something as long as the graph is there."""
+
+    @staticmethod
+    def forward(ctx, x, held):
+        ctx.held = held
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+@pytest.mark.parametrize("asked", ["nothing", "head", "gate"])
+def test_passes_that_end_early_leave_nothing(asked):
+    """A circle of nodes and what they keep would never be freed."""
+    model = te.inject(timm.create_model("res2net50_26w_4s", num_classes=3), "tea", 2).train()
+    held = nn.Identity()  # anything
+    alive = weakref.ref(held)
+    model.conv1.register_forward_hook(lambda _, __, output, held=[held]: Mark.apply(output, held.pop()))
+    del held
+    y = model(torch.randn(2, 3, 64, 64))
+    gate = next(m for m in model.modules() if isinstance(m, MotionExcitation))
+    weight = {"nothing": None, "head": model.fc.weight, "gate": gate.norm2.weight}[asked]
+    assert alive() is not None
+    if weight is not None:
+        torch.autograd.grad(y.sum(), weight)
+    del y
+    gc.collect()
+    assert alive() is None

@@ -13,6 +13,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import temporal_excite as te
+from temporal_excite.hosts import blocks as hosts
+from temporal_excite.injection import Insertion
+from temporal_excite.modules import registry
 
 T = 4
 HOSTS = {"resnet18": 8, "resnet50": 16, "mobilenetv2_050": 10}
@@ -428,3 +431,50 @@ def test_registered_must_be_callable():
     with pytest.raises(TypeError, match="'mine' needs something to call, got 5"):
         te.register_module("mine", 5)
     assert "mine" not in te.module_names()
+
+
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        ([("pre:nope", 8)], "nope"),
+        ([("foo:conv1", 8)], "unknown anchor 'foo:conv1'"),
+        ([("pre:conv1", 512), ("out:conv1", 512)], "cannot hold two modules"),
+    ],
+    ids=str,
+)
+def test_plans_are_checked_before_the_model_is_touched(last, message, monkeypatch):
+    def plan(blocks, n_segment):
+        places = [(block, "pre:conv1", block.channels("pre:conv1")) for block in blocks[:-1]]
+        places += [(blocks[-1], *place) for place in last]
+        return [Insertion(b, anchor, "mine", te.TemporalShift(c, n_segment)) for b, anchor, c in places]
+
+    monkeypatch.setitem(registry._NETWORKS, "mine", plan)
+    model = build()
+    with pytest.raises(Exception, match=message):
+        te.inject(model, "mine", T)
+    assert not te.sites(model) and not any("temporal" in key for key in model.state_dict())
+
+
+def test_layers_called_by_keyword():
+    class Keyword(nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+        def forward(self, x):
+            return x + self.conv(input=x)
+
+    before = hosts.known_hosts()
+    te.register_host(Keyword, loc1="pre:conv", loc4="out:conv")
+    try:
+        model = te.inject(nn.Sequential(Keyword(8)), "tsm", T)
+        with pytest.raises(TypeError, match="Conv2d is called by keyword"):
+            model(torch.rand(T, 8, 4, 4))
+        te.inject(te.eject(model), "tsm", T, placement="loc4")(torch.rand(T, 8, 4, 4))
+    finally:
+        hosts._HOSTS.clear()
+        hosts._HOSTS.update(before)
+
+
+def test_stages_from_an_iterator():
+    assert len(te.sites(te.inject(build(), "tsm", T, stages=iter((2, 3))))) == 4

@@ -21,6 +21,7 @@ from ..ops import (
     conv_to_one,
     following,
     full_precision,
+    has_hooks,
     linear,
     pointwise,
     positive_int,
@@ -220,6 +221,7 @@ class ME(Excitation):
             read_as_called(self.squeeze)
             and read_as_called(self.transform)
             and (isinstance(self.norm, nn.Identity) or _is_affine(self.norm))
+            and not has_hooks(self.norm)
         )
 
     def motion_of_means(self, means: Tensor, height: int, width: int) -> Tensor:
@@ -324,7 +326,8 @@ class ActionModule(TemporalModule):
             first, *rest = [total * (2 / n) for total in (first, *rest)]
         else:
             first = first + n
-        return passes.gate(y, first, *rest, reuse=y is not x)
+        own = type(self.shift) is TemporalConv and not has_hooks(self.shift)  # nobody else holds y
+        return passes.gate(y, first, *rest, reuse=own)
 
     def _channel_gates(self, y: Tensor) -> list[Tensor]:
         """The masks of CE and ME, from the same means where ME needs no more."""

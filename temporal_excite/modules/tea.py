@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import passes
-from ..ops import pointwise, positive_int, traced
+from ..ops import has_hooks, pointwise, positive_int, traced
 from .action import ME
 from .base import TemporalModule
 from .registry import register_module
@@ -64,7 +64,8 @@ class MotionExcitation(ME):
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
         if self.fast and self.between_relus:
-            return passes.rectified(self._excite_rectified(x))
+            y = self._excite_rectified(x)
+            return y if has_hooks(self) else passes.rectified(y)
         gate = 1 + self.gate(x) if self.residual else self.gate(x)
         return passes.gate(x, gate) if self.fast else x * gate.to(x.dtype)
 
