@@ -21,6 +21,7 @@ from pathlib import Path
 
 import timm
 from published import PAPERS, TABLE_5, Row, Table
+from timing import output_file
 
 import temporal_excite as te
 from temporal_excite._text import columns
@@ -328,14 +329,11 @@ def _markdown_table(cells: Sequence[Cells]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, what in (("markdown", "the tables"), ("json", "all numbers"), ("plot", "Figure 4 redrawn")):
-        parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"write {what} to FILE")
+        parser.add_argument(f"--{name}", type=output_file, metavar="FILE", help=f"write {what} to FILE")
     parser.add_argument("--paper", choices=[*PAPERS, "all"], help="whose tables (default: action-net)")
     parser.add_argument("--backbone", nargs="*", metavar="NAME", help="count these instead (none: a list)")
     parser.add_argument("--module", help="module for --backbone (default: action)")
     args = parser.parse_args(argv)
-    for path in filter(None, (args.markdown, args.json, args.plot)):
-        if not path.parent.is_dir():
-            parser.error(f"cannot write {path}: {path.parent} is no directory")
     if args.backbone is not None:
         if args.json or args.plot:
             parser.error("--backbone writes --markdown alone: leave --json and --plot out")

@@ -269,6 +269,11 @@ QUICK_BUDGET = (192, 256, 32)  # steps, training and test clips of each class
 
 
 # ---- the runs
+def budget(steps: int, batch: int, sets: Mapping[str, VideoDataset]) -> list[int]:
+    """What a result depends on besides its name and seed: steps, batch, training and test clips."""
+    return [steps, batch, len(sets["train"]), len(sets["forward"])]
+
+
 def recipe(steps: int, batch: int, steps_per_epoch: int) -> Recipe:
     """AdamW, one learning rate for all, one cycle."""
     return Recipe(
@@ -378,7 +383,7 @@ def run(
         if contender.module_args.get("causal"):
             result[f"{order}_early"] = early(model.eval(), sets[order])
     result["final_train_loss"] = epochs[-1]["train_loss"]
-    result["budget"] = [steps, batch, len(sets["train"]), len(sets["forward"])]
+    result["budget"] = budget(steps, batch, sets)
     write_whole(output / f"{name}-{seed}.json", json.dumps(result) + "\n")
 
 
@@ -536,19 +541,20 @@ def main() -> None:
         return
     args.output.mkdir(parents=True, exist_ok=True)
     pairs = [(name, seed) for seed in args.seeds for name in args.modules]
-    numbers = [args.steps, args.batch_size, len(sets["train"]), len(sets["forward"])]
+    asked, wanted = budget(args.steps, args.batch_size, sets), []
     for name, seed in pairs:
         kept = args.output / f"{name}-{seed}.json"
-        if kept.exists() and (found := json.loads(kept.read_text()).get("budget")) != numbers:
+        if not kept.exists():
+            wanted.append((name, seed))
+        elif (found := json.loads(kept.read_text()).get("budget")) != asked:
             parser.error(
-                f"{kept} is of the budget {found} (steps, batch, clips), not {numbers}: remove it, or choose "
+                f"{kept} is of the budget {found} (steps, batch, clips), not {asked}: remove it, or choose "
                 "another --output"
             )
-    wanted = [(name, seed) for name, seed in pairs if not (args.output / f"{name}-{seed}.json").exists()]
-    budget = (sets, args.output, args.steps, args.batch_size)
+    how = (sets, args.output, args.steps, args.batch_size)
     if args.jobs == 1:
         for name, seed in wanted:
-            run(name, seed, *budget)
+            run(name, seed, *how)
             print(f"{name} seed {seed}: done after {time.perf_counter() - started:.0f} s", flush=True)
     else:
         for part in sets.values():
@@ -556,7 +562,7 @@ def main() -> None:
                 part[i]  # decoded once, before the processes part
         context = multiprocessing.get_context("fork")
         with context.Pool(args.jobs, maxtasksperchild=1) as pool:
-            pool.starmap(run, [(name, seed, *budget) for name, seed in wanted], chunksize=1)
+            pool.starmap(run, [(name, seed, *how) for name, seed in wanted], chunksize=1)
     results = {name: runs for name, runs in load_results(args.output).items() if name in args.modules}
     print(table(results))
     plot(results, args.plot or args.output / "motion.png", args.data)

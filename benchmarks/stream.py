@@ -137,7 +137,8 @@ def main() -> None:
             rows.append(r)
     if options.json:
         with open(options.json, "w") as file:
-            json.dump({"options": vars(options), "torch": torch.__version__, "rows": rows}, file, indent=1)
+            content = {"options": vars(options), "torch": torch.__version__, "rows": rows}
+            json.dump(content, file, indent=1, default=str)
 
 
 if __name__ == "__main__":

@@ -32,11 +32,12 @@ def allow_graphs(count: int) -> None:
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 
-def output_file(name: str) -> str:
+def output_file(name: str) -> Path:
     """An argument that names a file to write; known to be wrong before the measurements."""
-    if not Path(name).absolute().parent.is_dir() or Path(name).is_dir():
+    path = Path(name)
+    if not path.parent.is_dir() or path.is_dir():
         raise argparse.ArgumentTypeError(f"cannot write {name}: no such folder, or a folder itself")
-    return name
+    return path
 
 
 def ratio(times: Mapping[str, Sequence[float]], label: str) -> float:

@@ -507,14 +507,16 @@ def test_behind_a_norm_that_changes_nothing_is_lost():
         close(gradients(model, x), gradients(plain, x))
 
 
-def compared(change, module="shift", training=True, **kwargs):
+def compared(change, module="shift", training=True, last=False, around=contextlib.nullcontext, **kwargs):
     """Output and gradients of the fast and the published form of a changed network."""
+    layout = torch.channels_last if last else torch.contiguous_format
     results = []
     for fast in (True, False):
-        model = te.set_fast(network(module, **kwargs), fast).train(training)
+        model = te.set_fast(network(module, **kwargs), fast).train(training).to(memory_format=layout)
         change(model)
         x = torch.randn(8, 3, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        y = model(x)
+        with around():
+            y = model(x.contiguous(memory_format=layout))
         results.append([y.detach(), *torch.autograd.grad(y.square().sum(), list(model.parameters()))])
     close(*results)
 
@@ -522,16 +524,13 @@ def compared(change, module="shift", training=True, **kwargs):
 @pytest.mark.parametrize("module", ["tsm", "shift", "action"])
 def test_hooks_that_keep_no_strides(module):
     """As ``save_on_cpu(pin_memory=True)`` and FSDP's offloading."""
-    results = []
-    for fast in (True, False):
-        model = te.set_fast(network(module), fast).train().to(memory_format=torch.channels_last)
-        x = torch.randn(8, 3, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        with torch.autograd.graph.saved_tensors_hooks(
+
+    def around():
+        return torch.autograd.graph.saved_tensors_hooks(
             lambda t: torch.empty(t.size(), dtype=t.dtype).copy_(t), lambda t: t
-        ):
-            y = model(x.to(memory_format=torch.channels_last))
-        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), list(model.parameters()))])
-    close(*results)
+        )
+
+    compared(lambda model: None, module, last=True, around=around)
 
 
 @pytest.mark.parametrize("module", ["tsm", "shift", "action", "te"])
@@ -589,13 +588,7 @@ def test_weights_of_other_kinds():
         for block in list(model)[1:]:
             block.conv.weight = Signs(block.conv.weight.detach().clone())
 
-    results = []
-    for fast in (True, False):
-        model = te.set_fast(network("shift"), fast).train()
-        change(model)
-        y = model(torch.ones(8, 3, 6, 5, dtype=torch.float64))
-        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), model[0].weight)])
-    close(*results)
+    compared(change)
 
 
 def test_hooks_on_saved_tensors_disabled():

@@ -144,10 +144,15 @@ def video_scores(model: nn.Module, clips: Tensor, limit: int | None = None) -> T
     views = clips if clips.ndim == 6 else clips.unsqueeze(1)
     flat = views.flatten(0, 1)
     logits = torch.cat([model(part) for part in flat.split(limit or len(flat))])
-    scores = logits.float().softmax(dim=1)
+    scores = finite(logits.float().softmax(dim=1))
+    return scores.unflatten(0, views.shape[:2]).mean(dim=1)
+
+
+def finite(scores: Tensor) -> Tensor:
+    """``scores``, or a ``FloatingPointError`` where one is not finite."""
     if not scores.isfinite().all():
         raise FloatingPointError("the network gives scores that are not finite: its training has diverged")
-    return scores.unflatten(0, views.shape[:2]).mean(dim=1)
+    return scores
 
 
 def evaluate(

@@ -20,7 +20,7 @@ from ..video import Record
 from ..video.dataset import transformed
 from .checkpoint import CheckpointError, ModelConfig, build_model, load_model, load_weights
 from .data import test_dataset
-from .evaluate import video_scores
+from .evaluate import finite, video_scores
 
 HUB = "hf-hub:"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -181,18 +181,11 @@ class LiveRecognizer:
     def __call__(self, frame: Tensor, top: int = 5) -> list[Prediction]:
         """The ``top`` best classes after the next frame, ``(3, H, W)`` uint8, best first: the softmax of the
         averaged logits."""
-        from torchvision import tv_tensors
-
         if frame.ndim != 3 or len(frame) != 3 or frame.dtype != torch.uint8:
             raise ValueError(f"expected a uint8 frame (3, H, W), got {frame.dtype} {tuple(frame.shape)}")
-        x, _ = self._transform(tv_tensors.Video(frame[None]), 0)  # type: ignore[misc]
-        consensus = self._stream(x.as_subclass(Tensor).to(self.recognizer.device)).consensus
-        scores = consensus[0].softmax(0).cpu()
-        if not scores.isfinite().all():
-            raise FloatingPointError(
-                "the network gives scores that are not finite: its training has diverged"
-            )
-        return self.recognizer._best(scores, top)
+        x, _ = transformed(self._transform, frame[None, None], 0)  # type: ignore[arg-type]
+        consensus = self._stream(x.to(self.recognizer.device)).consensus
+        return self.recognizer._best(finite(consensus[0].softmax(0).cpu()), top)
 
     def reset(self) -> None:
         """Let the next frame be the first."""
