@@ -341,7 +341,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error("--backbone prints no paper's tables: leave --paper out")
         if unknown := [name for name in args.backbone if not timm.is_model(name)]:
             parser.error(f"timm {timm.__version__} has no {', '.join(unknown)}; see timm.list_models()")
-        print_backbones(args.backbone or POPULAR, args.module or "action", args.markdown)
+        module = args.module or "action"
+        if module not in (known := [*te.module_names(), *te.network_names()]):
+            parser.error(f"--module must be one of {', '.join(known)}, got {module!r}")
+        print_backbones(args.backbone or POPULAR, module, args.markdown)
         return
     if args.module:
         parser.error("--module goes with --backbone NAME")

@@ -62,8 +62,8 @@ def networks(options: argparse.Namespace) -> dict[str, nn.Module]:
     found = {"plain": timm.create_model(options.backbone)}
     for name in options.modules.split(","):
         for label in (name, f"{name} as published"):
-            kwargs = json.loads(options.module_args)
-            model = te.inject(timm.create_model(options.backbone), name, n_segment=options.frames, **kwargs)
+            model = timm.create_model(options.backbone)
+            te.inject(model, name, n_segment=options.frames, **options.module_args)
             if label == name or use_published_forms(model):
                 found[label] = model
     return {
@@ -72,9 +72,8 @@ def networks(options: argparse.Namespace) -> dict[str, nn.Module]:
     }
 
 
-def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(models: dict[str, nn.Module], options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a network; the repeats of all are interleaved."""
-    models = networks(options)
     x = torch.randn(options.frames * options.clips, 3, options.size, options.size, device=options.device)
     x = x.to(memory_format=layout(options))
     device = torch.device(options.device)
@@ -148,7 +147,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     for flag in ("--compile", "--channels-last", "--train"):
         parser.add_argument(flag, action="store_true")
-    parser.add_argument("--module-args", default="{}", help="keywords of inject, as JSON")
+    parser.add_argument("--module-args", type=json.loads, default={}, help="keywords of inject, as JSON")
     parser.add_argument("--no-count", action="store_true", help="leave the FLOPs out")
     parser.add_argument("--json", type=output_file)
     parser.add_argument("--plot", type=output_file)
@@ -156,7 +155,11 @@ def main() -> None:
     if options.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {options.repeats}")
     torch.set_num_threads(options.threads)
-    rows = measure(options)
+    try:
+        models = networks(options)
+    except (RuntimeError, TypeError, ValueError) as error:
+        parser.error(str(error))
+    rows = measure(models, options)
     print(f"{'network':24} {'ms':>8} {'min..max':>17} {'ratio':>6} {'saved':>7} {'peak':>8} {'GFLOPs':>8}")
     for r in rows:
         spread = f"{r['ms_min']:.1f}..{r['ms_max']:.1f}"

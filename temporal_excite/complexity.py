@@ -105,7 +105,7 @@ def count_all(model: nn.Module, clip_shape: Sequence[int], *, fast: bool = False
     """:func:`count` by every convention, from one forward pass."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper cannot be traced
+    model = getattr(model, "_orig_mod", model)
     shape = _clip_shape(clip_shape)
     segments = {n for m in model.modules() if isinstance(n := getattr(m, "n_segment", None), int)}
     if segments - {shape[-4]}:
@@ -116,7 +116,8 @@ def count_all(model: nn.Module, clip_shape: Sequence[int], *, fast: bool = False
         )
     by_module, paper_only, unknown = _trace(model, (math.prod(shape[:-3]), *shape[-3:]), fast)
     parameters = sum(p.numel() for p in model.parameters())
-    held, names = sites(model), {module: name for name, module in model.named_modules()}
+    names = {module: name.replace("_orig_mod.", "") for name, module in model.named_modules()}
+    held = sites(model)
     found = {}
     for convention in CONVENTIONS:
         free = paper_only if convention == "fvcore" else Counter[str]()
@@ -132,7 +133,7 @@ def count_all(model: nn.Module, clip_shape: Sequence[int], *, fast: bool = False
             operators=operators,
             sites=tuple(
                 SiteComplexity(
-                    block=site.block,
+                    block=site.block.replace("_orig_mod.", ""),
                     placement=site.placement,
                     stage=site.stage,
                     module=site.kind,
@@ -203,6 +204,10 @@ def _trace(
 def _twin(model: nn.Module, fast: bool) -> nn.Module:
     """A copy to trace: eval mode, on the CPU in float32, since a trace needs memory and every operator."""
     twin = set_fast(copy.deepcopy(model).eval(), fast)
+    for parent in list(twin.modules()):  # torch.compile's wrappers cannot be traced
+        for name, child in parent.named_children():
+            if hasattr(child, "_orig_mod"):
+                setattr(parent, name, child._orig_mod)
     if any(t.is_meta for t in (*twin.parameters(), *twin.buffers())):
         twin.to_empty(device="cpu")
         with torch.no_grad():

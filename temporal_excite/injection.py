@@ -25,6 +25,9 @@ BlockFilter = str | Callable[[str], bool]
 CHILD = "temporal"
 """Name of the child a temporal module becomes, below the layer it precedes or follows."""
 
+_HOLDER = "_temporal_holder"
+"""Attribute of a container of layers: the module above it whose child the temporal module is."""
+
 
 @dataclass(frozen=True)
 class _Hook:
@@ -41,8 +44,12 @@ class _Hook:
 
     def run(self, layer: nn.Module, x: Tensor) -> Tensor:
         if self.nhwc:
-            return layer.temporal(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # type: ignore[operator]
-        return layer.temporal(x)  # type: ignore[operator]
+            return _module_of(layer)(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return _module_of(layer)(x)
+
+
+def _module_of(layer: nn.Module) -> Any:
+    return getattr(getattr(layer, _HOLDER, layer), CHILD, None)
 
 
 def _given(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -69,7 +76,7 @@ class _After(_Hook):
         if args:
             passes.lent_by_norm(layer, args[0], output)
         y = self.run(layer, output)
-        if isinstance(y, Input) and (len(layer._forward_hooks) > 1 or has_hooks(layer.temporal)):  # type: ignore[arg-type]
+        if isinstance(y, Input) and (len(layer._forward_hooks) > 1 or has_hooks(_module_of(layer))):
             return y.as_subclass(Tensor)  # others may change it
         return y
 
@@ -103,7 +110,7 @@ class _Around(_Hook):
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         if _hook(layer) is not self:
             return output
-        return layer.temporal(_given(layer, args)[0], output)  # type: ignore[operator]
+        return _module_of(layer)(_given(layer, args)[0], output)
 
 
 @dataclass(frozen=True)
@@ -349,16 +356,20 @@ def eject(model: Model) -> Model:
     if not held and not watched:
         raise RuntimeError(f"{type(model).__name__} holds no temporal modules: nothing to eject")
     layers = [*(layer for _, layer, _ in held), *watched]
-    children = {id(child) for layer in layers if (child := getattr(layer, CHILD, None)) is not None}
-    for name, layer, place in held:
-        if isinstance(place, _Replaced):
-            parent, _, child = name.rpartition(".")
-            original = place.layer.train(layer.training)
-            setattr(model.get_submodule(parent), child, _to_like(original, layer))
+    children = {id(child) for layer in layers if (child := _module_of(layer)) is not None}
+    originals = {
+        name: _to_like(place.layer.train(layer.training), layer)
+        for name, layer, place in held
+        if isinstance(place, _Replaced)
+    }
+    for name, original in originals.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, original)
     for module in list(model.modules()):
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [k for k, hook in hooks.items() if isinstance(hook, _Hook | _Watch)]:
                 del hooks[key]
+        module.__dict__.pop(_HOLDER, None)
         if id(getattr(module, CHILD, None)) in children:
             delattr(module, CHILD)
         if module.__dict__.get("fuse") is _refuse_fuse:
@@ -400,7 +411,7 @@ def sites(
                 position=place.position,
                 placement=place.placement,
                 stage=place.stage,
-                module=getattr(layer, CHILD),
+                module=_module_of(layer),
                 note=note,
             )
         )
@@ -574,8 +585,7 @@ def _attach(model: nn.Module, insertion: Insertion) -> None:
     _, holder = block.holder(path)
     holder.add_module(CHILD, module)
     if holder is not layer:
-        # No child of this layer, yet its attribute: copies and pickles of the network keep the two the same
-        layer.__dict__[CHILD] = module
+        layer.__dict__[_HOLDER] = holder  # no child; copies and pickles of the network hold theirs
     if isinstance(layer, _BatchNorm) and path:
         block.module.register_forward_pre_hook(_Watch(path))
     below = model

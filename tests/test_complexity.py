@@ -159,6 +159,9 @@ def test_models_of_any_kind_of_storage():
     half = network().half().to(memory_format=torch.channels_last)
     assert te.count(half, (8, 3, 32, 32)) == expected
     assert te.count(torch.compile(network()), (8, 3, 32, 32)) == expected
+    in_part = network()
+    in_part.layer2 = torch.compile(in_part.layer2)
+    assert te.count(in_part, (8, 3, 32, 32)) == expected
     checkpointing = network()
     checkpointing.set_grad_checkpointing(True)
     assert te.count(checkpointing.train(), (8, 3, 32, 32)) == expected

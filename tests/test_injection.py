@@ -214,6 +214,21 @@ def test_copies_run_their_own_modules(host):
     assert torch.equal(ema.module(x), before)
 
 
+@pytest.mark.parametrize("host", ["resnet18", "mixnet_s"])
+def test_a_module_put_in_the_place_of_another_runs(host):
+    """As wrappers are, of sharding or of adapters."""
+    model = te.inject(build(host), "tsm", n_segment=T)
+    ran = []
+    for name, module in list(model.named_modules()):
+        if isinstance(module, te.TemporalShift):
+            parent, _, child = name.rpartition(".")
+            other = nn.Identity()
+            other.register_forward_hook(lambda *_: ran.append(1))
+            setattr(model.get_submodule(parent), child, other)
+    torch.testing.assert_close(model(frames()), build(host)(frames()))
+    assert len(ran) == len(te.sites(model))
+
+
 def test_state_dict_round_trips():
     x, plain, source = frames(), build(), te.inject(build(), n_segment=T)
     buffer = io.BytesIO()

@@ -40,10 +40,20 @@ def test_forms_that_were_not_published(option):
     assert not as_published.use_published_forms(module)
 
 
-@pytest.mark.parametrize("more", [["--json=nowhere/out.json"], ["--plot=nowhere/out.png"], ["--repeats=0"]])
-def test_wrong_options_end_before_the_measurements(more, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["speed.py", *more])
-    monkeypatch.setattr(speed, "measure", lambda options: pytest.fail("measured"))
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--json=nowhere/out.json", "cannot write nowhere/out.json"),
+        ("--plot=nowhere/out.png", "cannot write nowhere/out.png"),
+        ("--repeats=0", "--repeats must be at least 1"),
+        ("--backbone=odd", "Unknown model (odd)"),
+        ("--modules=odd", "unknown module 'odd'"),
+        ("--module-args={", "--module-args: invalid"),
+    ],
+)
+def test_wrong_options_end_before_the_measurements(option, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["speed.py", option])
+    monkeypatch.setattr(speed, "measure", lambda *_: pytest.fail("measured"))
     with pytest.raises(SystemExit):
         speed.main()
-    assert more[0].partition("=")[0] in capsys.readouterr().err
+    assert message in capsys.readouterr().err
