@@ -181,4 +181,7 @@ def _cannot_split(model: nn.Module) -> str | None:
         return f"has {type(head).__name__} as its classifier"
     if hasattr(head, "global_pool"):
         return f"pools in its classifier, {type(head).__name__}"
+    for name, part in model.named_children():  # with a norm of its own, which would be left out
+        if isinstance(part, nn.Sequential) and any(layer is head for layer in part.children()):
+            return f"has other layers beside its classifier, in {name}"
     return None

@@ -6,6 +6,7 @@ imported only when it is called.
 
 import argparse
 import importlib
+import io
 import os
 import re
 import signal
@@ -25,6 +26,8 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for wrong input, or what the command gives."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     parser = argparse.ArgumentParser(
         prog="temporal-excite", description="Temporal modules in image models: train, evaluate, predict."
     )

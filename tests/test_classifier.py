@@ -185,11 +185,13 @@ def test_split_path_is_the_model(name):
     assert video.eval()(x).shape == (1, 7)
 
 
-def test_heads_that_pool_themselves_are_refused():
+def test_heads_that_cannot_be_split_are_refused():
     with torch.device("meta"), pytest.raises(ValueError, match="pools in its classifier, ClassifierHead"):
         te.VideoClassifier(timm.create_model("sequencer2d_s"), 4)
     with torch.device("meta"), pytest.raises(ValueError, match="tuple as its classifier"):
         te.VideoClassifier(timm.create_model("efficientformer_l1"), 4)
+    with torch.device("meta"), pytest.raises(ValueError, match="other layers beside its classifier, in head"):
+        te.VideoClassifier(timm.create_model("shvit_s1"), 4)
 
 
 def test_reset_head():

@@ -4,7 +4,9 @@ import argparse
 import csv
 import dataclasses
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +22,7 @@ from temporal_excite.training import (
     ModelConfig,
     build_model,
     get_recipe,
+    load_initial,
     read_checkpoint,
     read_log,
     save_checkpoint,
@@ -152,6 +155,25 @@ def test_evaluate_on_a_list(trained, data, tmp_path, capsys):
     assert names == [f"{bright} 1-2", f"{bright} 1-3", str(dark)]
 
 
+def test_evaluate_where_the_list_lacks_a_class(trained, data, tmp_path, capsys):
+    """As the newer csv of Jester may, which names the classes it has."""
+    (tmp_path / "val.csv").write_text(f"video_id,label,label_id\n{data / 'val' / 'dark' / 'v0'},dark,1\n")
+    options = ["--format", "jester", "--val-list", tmp_path / "val.csv", "--workers", 0, "--no-progress"]
+    assert main([str(a) for a in ("evaluate", trained / "best.pt", "--data", tmp_path, *options)]) == 0
+    assert "bright  no videos" in " ".join(capsys.readouterr().out.split(" "))
+
+
+def test_names_that_are_no_unicode(trained, data, tmp_path, capsysbinary):
+    video = tmp_path / "val" / "dark" / os.fsdecode(b"caf\xe9")
+    shutil.copytree(data / "val" / "dark" / "v0", video)
+    shutil.copytree(data / "val" / "bright", tmp_path / "val" / "bright")
+    options = ["--data", tmp_path, "--workers", 0, "--no-progress", "--output", tmp_path / "out"]
+    assert main([str(a) for a in ("evaluate", trained / "best.pt", "--format", "folder", *options)]) == 0
+    assert b"caf\xe9," in (tmp_path / "out" / "predictions.csv").read_bytes()
+    assert main(["predict", str(trained / "best.pt"), str(video)]) == 0
+    assert b"caf\\udce9" in capsysbinary.readouterr().out
+
+
 @pytest.mark.parametrize("command", ["predict", "watch", "explain"])
 def test_the_default_device_is_cuda_where_there_is_one(command, monkeypatch, capsys, tmp_path):
     def load(source, device):
@@ -196,7 +218,7 @@ def test_recognizer_takes_frames_as_the_file(trained, data):
             recognizer(wrong)
 
 
-def test_pretrained_folder_and_hub(trained, tmp_path, monkeypatch):
+def test_pretrained_folder_and_hub(trained, data, tmp_path, monkeypatch):
     """What is pushed is what is loaded; the hub's two calls are replaced, nothing leaves the machine."""
     import huggingface_hub
 
@@ -230,6 +252,12 @@ def test_pretrained_folder_and_hub(trained, tmp_path, monkeypatch):
         again = Recognizer.from_checkpoint(source)
         assert again.config.to_dict() == recognizer.config.to_dict()
         assert torch.equal(again.scores(video), recognizer.scores(video))
+    base = ["--data", data, "--format", "folder", "--workers", 0, "--no-progress"]
+    assert main([str(a) for a in ("evaluate", hub, *base)]) == 0
+    model = build_model(recognizer.config)
+    load_initial(model, hub)
+    expected = again.model.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
     with pytest.raises(ValueError, match="top must be at least 1, got 0"):
         again(video, 0)
     block = recognizer.model.model.layer2[0]

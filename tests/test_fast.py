@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import temporal_excite as te
 from temporal_excite import passes
+from temporal_excite.modules.tea import MotionExcitation
 from temporal_excite.ops import coefficients, nine_means, nine_parts
 
 MODULES = {
@@ -93,6 +94,20 @@ def test_equals_the_published_form(name, channels, n_segment, clips, height, wid
     for a, b in zip(fast, plain, strict=True):
         assert (a - b).norm() <= 1e-12 * max(float(b.norm()), float(plain[1].norm()) * 1e-2)
     assert all(torch.equal(p, q) for p, q in zip(before, module.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", [te.ME, MotionExcitation])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_gradients_of_float32_in_training(kind, layout):
+    """Those of the squeeze are a small rest of large sums."""
+    torch.manual_seed(1)
+    module = kind(32, 8).train()
+    x = frames((32, 32, 28, 28), layout, torch.float32).relu()
+    weight = torch.randn_like(x)
+    exact = te.set_fast(copy.deepcopy(module).double(), False)
+    expected = torch.autograd.grad(exact(x.double()), exact.squeeze.weight, weight.double())[0]
+    found = torch.autograd.grad(module(x), module.squeeze.weight, weight)[0]
+    assert relative(found.double(), expected) < 2e-4
 
 
 def test_large_maps_are_cut_into_blocks():

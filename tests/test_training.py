@@ -400,8 +400,9 @@ def test_tensorboard_gets_what_the_log_gets(tmp_path, monkeypatch, capsys):
     written = {}
 
     class Writer:
-        def __init__(self, folder):
+        def __init__(self, folder, purge_step):
             assert folder == str(tmp_path / "run" / "tensorboard")
+            written["purged from"] = purge_step
 
         def add_scalar(self, name, value, step):
             written[name, step] = value
@@ -422,7 +423,10 @@ def test_tensorboard_gets_what_the_log_gets(tmp_path, monkeypatch, capsys):
         assert written["step/loss", line["step"]] == line["loss"]
     for line in read_log(tmp_path / "run", "epoch"):
         assert written["epoch/val_top1", line["step"]] == line["val_top1"]
-    assert written["closed"]
+    assert written["closed"] and written["purged from"] is None
+    steps = len(read_log(tmp_path / "run", "step"))
+    train(fresh(), CONFIG, RECIPE, Clips(), Clips(4), tmp_path / "run", options=options, resume=True)
+    assert written["purged from"] == steps + 1
 
 
 @pytest.mark.parametrize(
@@ -736,6 +740,12 @@ def test_files_that_are_no_checkpoints(tmp_path):
     torch.save(nn.Linear(1, 1), path)  # needs code to load
     with pytest.raises(CheckpointError, match="no readable checkpoint: damaged, or more than tensors"):
         read_checkpoint(path)
+    save_checkpoint(path, CONFIG, fresh().state_dict())
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255  # in the middle of the weights
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"BadZipFile: the checksum of .* is wrong"):
+        read_checkpoint(path)
     save_checkpoint(path, CONFIG, fresh(dataclasses.replace(CONFIG, backbone="resnet14t")).state_dict())
     with pytest.raises(CheckpointError, match=r"x\.pt does not fit this model: .* unknown"):
         load_model(path)
@@ -882,6 +892,8 @@ def test_class_folders(tmp_path):
     [
         (("1", "2"), "auto", None),
         (("1", "2"), "plain", {}),
+        (("G05", "G06", "B0A"), "auto", None),
+        (("class_05", "class_06"), "auto", None),
         (("wave", "2"), "auto", {}),
         (("Swiping Left", "Swiping Right"), "auto", {0: 1, 1: 0}),
     ],

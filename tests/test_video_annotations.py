@@ -83,6 +83,9 @@ def test_newer_jester_csv(tmp_path):
         write(file, text + added)
         with pytest.raises(AnnotationError, match=f"Train.csv:{problem}"):
             read_annotations(file, "jester")
+    write(file, text + row.format(5, "Stop", 2))
+    with pytest.raises(ValueError, match=r"Train.csv: the class 'Stop' has two numbers"):
+        read_annotations(file, "jester")
     write(file, text.replace("video_id", "id"))
     with pytest.raises(
         AnnotationError, match=r"Train.csv:1: no column 'video_id' in the header \['id', 'label'"

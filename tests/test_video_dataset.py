@@ -182,5 +182,11 @@ def test_record_that_is_back(records, tmp_path):
     dataset[0]
     assert dataset.broken == [0]
     away.rename(records[0].path)
-    dataset[0]
+    records[1].path.rename(away)
+    for epoch in range(20):  # item 0 comes in the place of item 1
+        dataset.set_epoch(epoch)
+        dataset[1]
+    assert dataset.broken == [0, 1]  # and was not asked for itself
+    away.rename(records[1].path)
+    dataset[0], dataset[1]
     assert dataset.broken == []

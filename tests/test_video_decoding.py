@@ -122,7 +122,21 @@ def test_folders_of_two_kinds_need_a_pattern(tmp_path):
         open_frames(folder, "{:05d}.jpg")
 
 
-def test_broken_folders_are_named(tmp_path):
+def test_pictures_as_the_camera_was_held(tmp_path):
+    from PIL import Image
+
+    upright = Image.fromarray(picture(0, 24, 32))
+    turned = upright.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    (tmp_path / "a").mkdir()
+    turned.save(tmp_path / "a" / "1.png", exif=exif)
+    upright.save(tmp_path / "a" / "2.png")
+    frames = read_frames(tmp_path / "a", [0, 1])
+    assert frames[0].equal(frames[1])
+
+
+def test_broken_folders_are_named(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     with pytest.raises(VideoError, match="empty: holds no numbered pictures"):
         open_frames(tmp_path / "empty")
@@ -141,6 +155,10 @@ def test_broken_folders_are_named(tmp_path):
 
     deep = write_folder(tmp_path / "deep", 3, "{:d}.png")
     Image.fromarray(np.full((48, 64), 40_000, np.uint16)).save(deep / "2.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9)
+    with pytest.raises(VideoError, match="not a readable picture: Image size"):
+        open_frames(tmp_path / "deep").read([0])
+    monkeypatch.undo()
     with pytest.raises(VideoError, match=r"deep/2\.png: a grey picture of more than 8 bits: convert"):
         read_frames(deep, [1])
     mixed = write_folder(tmp_path / "mixed", 3)

@@ -157,7 +157,7 @@ def test_normalisation_of_a_model():
 def named(count, **numbers):
     """``count`` class names, those given at their numbers."""
     given = {int(number[1:]): name for number, name in numbers.items()}
-    return [given.get(i, f"class {chr(97 + i // 26)}{chr(97 + i % 26)}") for i in range(count)]
+    return [given.get(i, f"class{chr(97 + i // 26)}{chr(97 + i % 26)}") for i in range(count)]
 
 
 def test_flip_pairs_of_the_data_sets():
@@ -238,6 +238,9 @@ def test_separated_counter_clockwise():
         (["leftward", "rightwards", "rightward"], {0: 2, 1: None, 2: 0}),
         (["left1", "right1"], {0: 1, 1: 0}),
         (["turn_counter_clockwise", "turn_clockwise"], {0: 1, 1: 0}),
+        (["turn_cw", "turn_ccw"], {0: 1, 1: 0}),
+        (["SWIPELEFT", "SWIPERIGHT", "lefthand", "righthand"], {0: 1, 1: 0, 2: 3, 3: 2}),
+        (["swipe_L", "swipe_R", "grade r", "walk"], {0: 1, 1: 0}),
         (["upright", "brightness", "cleft", "leftover", "pull_right_out"], {}),
     ],
     ids=str,

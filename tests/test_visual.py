@@ -315,6 +315,8 @@ def test_nothing_to_excite():
         visual.excitations(video(module="tsm"), clips())
     with pytest.raises(ValueError, match="no module with a gate: it holds no temporal modules"):
         visual.excitations(video(module=None), clips())
+    with pytest.raises(ValueError, match="no module with a gate: it holds"):  # SEModule.gate is a layer
+        visual.excitations(video(module="2plus1d_se"), clips())
     with pytest.raises(ValueError, match="STE weighs positions"):
         visual.attention(visual.excitations(video(module="ste"), clips()))
 

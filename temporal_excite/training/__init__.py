@@ -4,7 +4,6 @@ from .checkpoint import (
     CheckpointError,
     ModelConfig,
     build_model,
-    load_initial,
     load_model,
     read_checkpoint,
     save_checkpoint,
@@ -16,7 +15,7 @@ from .evaluate import Evaluation, evaluate, parse_protocol
 from .optim import freeze_batch_norm, param_groups
 from .progress import read_log
 from .recipes import RECIPES, Recipe, get_recipe
-from .recognizer import LiveRecognizer, Prediction, Recognizer
+from .recognizer import LiveRecognizer, Prediction, Recognizer, load_initial
 
 __all__ = [
     "RECIPES",

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -16,7 +17,7 @@ from timm.models import is_model
 from torch import Tensor
 
 from ..checkpoints import has_values
-from ..classifier import VideoClassifier, class_layers
+from ..classifier import VideoClassifier
 from ..injection import inject
 from ..ops import positive_int
 
@@ -178,13 +179,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
     try:
+        _check_sums(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:  # whose text advises to read it with weights_only=False
         raise CheckpointError(
             f"{path} is no readable checkpoint: damaged, or more than tensors and plain values"
         ) from error
     except Exception as error:  # whatever else a damaged or foreign file makes of the unpickler
-        raise CheckpointError(f"{path} is no readable checkpoint: {_first_line(error)}") from error
+        raise CheckpointError(f"{path} is no readable checkpoint: {_one_line(error)}") from error
     if not isinstance(content, dict) or not {"format", "config", "state_dict"} <= set(content):
         raise CheckpointError(
             f"{path} holds no temporal-excite checkpoint (format, config, state_dict); "
@@ -220,18 +222,6 @@ def load_weights(model: VideoClassifier, state_dict: Mapping[str, Tensor], sourc
     model.load_state_dict(dict(state_dict))
 
 
-def load_initial(model: VideoClassifier, path: str | Path) -> None:
-    """Start from another checkpoint's weights (fine-tuning): all but a classifier of another number of
-    classes."""
-    state = dict(read_checkpoint(path)["state_dict"])
-    own = model.state_dict()
-    heads = {id(parameter) for layer in class_layers(model.model) for parameter in layer.parameters()}
-    for key, parameter in model.named_parameters():
-        if id(parameter) in heads and key in state and state[key].shape != own[key].shape:
-            state[key] = own[key]
-    load_weights(model, state, path)
-
-
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[VideoClassifier, ModelConfig]:
     """The trained model of a checkpoint, in eval mode, and its config."""
     content = read_checkpoint(path)
@@ -240,5 +230,13 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[Vi
     return model.eval().to(device), content["config"]
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _check_sums(path: Path) -> None:
+    """Raise where the zip file that ``torch.save`` writes is damaged: ``torch.load`` does not look."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if (damaged := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]

@@ -2,6 +2,7 @@
 frames."""
 
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from .checkpoint import ModelConfig
 from .evaluate import parse_protocol
 
 logger = logging.getLogger(__name__)
+
+_CODE = re.compile(r"[A-Za-z]{0,6}[ _-]?\d+[A-Za-z]?")
 
 LAYOUTS: dict[str, tuple[str, str, str]] = {
     "tsn": ("train.txt", "val.txt", "."),
@@ -154,13 +157,13 @@ def train_dataset(
     """The papers' training data: random segments' frames, multi-scale corner crops, flips.
 
     ``flip``: "none", "plain", "swap" as :func:`~temporal_excite.video.train_transform` takes them; "auto"
-    is "swap" where class names speak of left and right, "none", with a warning, where they are whole numbers,
-    which do not say, and "plain" elsewhere.
+    is "swap" where class names speak of left and right, "none", with a warning, where all are numbers or
+    codes ("7", "G05", "class_07"), which do not say, and "plain" elsewhere.
     """
     if flip == "auto":
-        if all(name.isdecimal() for name in config.labels):
+        if all(_CODE.fullmatch(name) for name in config.labels):
             logger.warning(
-                "the class names are numbers and do not say left or right: no clip is mirrored; "
+                "the class names are numbers or codes and do not say left or right: no clip is mirrored; "
                 "--flip plain mirrors"
             )
             flip = "none"

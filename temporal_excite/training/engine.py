@@ -191,6 +191,7 @@ class _Run:
             world,
             total=recipe.epochs * self.batches.steps * batch,
             done=self.updates * batch,
+            step=self.updates,
             progress=options.progress,
             tensorboard=options.tensorboard,
         )

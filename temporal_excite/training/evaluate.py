@@ -95,7 +95,8 @@ class Evaluation:
         """
         best = self.ranking[:, :top]
         values = self.scores.gather(1, best)
-        with open(path, "w", newline="", encoding="utf-8") as file:
+        # file names need not be UTF-8
+        with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.writer(file)
             count = best.shape[1]
             heads = [f"{what}{i + 1}" for i in range(count) for what in ("prediction", "score")]

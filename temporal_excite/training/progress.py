@@ -22,12 +22,20 @@ class RunLog:
         world: this process among the others.
         total: training clips of the whole run.
         done: training clips seen before, when the run goes on.
+        step: the last step before.
         progress: whether to show the bar.
         tensorboard: whether to write scalars for TensorBoard to ``folder/tensorboard``.
     """
 
     def __init__(
-        self, folder: Path, world: World, total: int, done: int, progress: bool, tensorboard: bool
+        self,
+        folder: Path,
+        world: World,
+        total: int,
+        done: int,
+        step: int,
+        progress: bool,
+        tensorboard: bool,
     ) -> None:
         self.total, self.done, self.seen = total, done, 0
         self.started = time.perf_counter()
@@ -37,7 +45,8 @@ class RunLog:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise ValueError("--tensorboard needs the package: pip install tensorboard") from error
-            self.writer = SummaryWriter(str(folder / "tensorboard"))
+            # steps after the checkpoint come again
+            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
         self.bar = tqdm(
             total=total, initial=done, unit="clip", unit_scale=True, disable=not (progress and world.main)
         )

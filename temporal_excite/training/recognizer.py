@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..classifier import VideoClassifier
+from ..classifier import VideoClassifier, class_layers
 from ..injection import sites
 from ..modules.base import is_causal
 from ..ops import positive_int
 from ..stream import Stream
 from ..video import Record
 from ..video.dataset import transformed
-from .checkpoint import CheckpointError, ModelConfig, build_model, load_model, load_weights
+from .checkpoint import CheckpointError, ModelConfig, build_model, load_weights, read_checkpoint
 from .data import test_dataset
 from .evaluate import finite, video_scores
 
@@ -65,15 +65,10 @@ class Recognizer:
             FileNotFoundError: nothing there.
             CheckpointError: not a checkpoint of this package.
         """
-        if str(source).startswith(HUB):
-            return cls(*_load_pretrained(str(source), *_download(str(source).removeprefix(HUB))), device)
-        path = Path(source)
-        if path.is_dir():
-            for name in (CONFIG, WEIGHTS):
-                if not (path / name).is_file():
-                    raise FileNotFoundError(f"{path} holds no {name}: not a folder of save_pretrained()")
-            return cls(*_load_pretrained(str(path), path / CONFIG, path / WEIGHTS), device)
-        return cls(*load_model(path), device)
+        config, state = _read(source)
+        model = build_model(config)
+        load_weights(model, state, source)
+        return cls(model, config, device)
 
     def scores(self, video: str | Path | Tensor, protocol: str = "1x1") -> Tensor:
         """Scores of all classes, ``(classes,)``.
@@ -158,6 +153,20 @@ class Recognizer:
             return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Add model")
 
 
+def load_initial(model: VideoClassifier, source: str | Path) -> None:
+    """Start from another model's weights (fine-tuning): all but a classifier of another number of classes.
+
+    ``source``: as :meth:`Recognizer.from_checkpoint` takes it.
+    """
+    state = dict(_read(source)[1])
+    own = model.state_dict()
+    heads = {id(parameter) for layer in class_layers(model.model) for parameter in layer.parameters()}
+    for key, parameter in model.named_parameters():
+        if id(parameter) in heads and key in state and state[key].shape != own[key].shape:
+            state[key] = own[key]
+    load_weights(model, state, source)
+
+
 class LiveRecognizer:
     """A trained model that takes one video while it plays; made by :meth:`Recognizer.live`.
 
@@ -199,18 +208,24 @@ def _download(repo_id: str) -> Sequence[Path]:
     return [Path(hf_hub_download(name, file, revision=revision or None)) for file in (CONFIG, WEIGHTS)]
 
 
-def _load_pretrained(
-    source: str, config_file: Path, weights_file: Path
-) -> tuple[VideoClassifier, ModelConfig]:
+def _read(source: str | Path) -> tuple[ModelConfig, Mapping[str, Tensor]]:
+    """Config and weights of what :meth:`Recognizer.from_checkpoint` takes."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    path = Path(source)
+    if str(source).startswith(HUB):
+        config_file, weights_file = _download(str(source).removeprefix(HUB))
+    elif path.is_dir():
+        config_file, weights_file = path / CONFIG, path / WEIGHTS
+        for file in (config_file, weights_file):
+            if not file.is_file():
+                raise FileNotFoundError(f"{path} holds no {file.name}: not a folder of save_pretrained()")
+    else:
+        content = read_checkpoint(path)
+        return content["config"], content["state_dict"]
     try:
         settings = json.loads(config_file.read_text(encoding="utf-8"))["temporal_excite"]
-        config = ModelConfig.from_dict(settings)
-        state = load_file(weights_file)
+        return ModelConfig.from_dict(settings), load_file(weights_file)
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{source} is no model of temporal-excite: {error!r}") from error
-    model = build_model(config)
-    load_weights(model, state, source)
-    return model, config

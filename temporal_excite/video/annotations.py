@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -277,6 +278,9 @@ def _id_and_number(source: _Source) -> _Result:
         if names.setdefault(label, row["label"]) != row["label"]:
             raise source.error(line, f"label {label} is {row['label']!r} here and {names[label]!r} elsewhere")
         records.append(Record(source.root / (row["video_id"] + (source.suffix or "")), label))
+    if len(set(names.values())) < len(names):
+        doubled = next(name for name, times in Counter(names.values()).items() if times > 1)
+        raise ValueError(f"{source.path}: the class {doubled!r} has two numbers")
     if sorted(names) != list(range(len(names))):
         missing = sorted(set(range(max(names) + 1)) - set(names))
         raise ValueError(

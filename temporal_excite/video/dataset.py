@@ -118,7 +118,8 @@ class VideoDataset(Dataset[tuple[Tensor, int]]):
         for _ in range(_ATTEMPTS):
             try:
                 loaded = self._load(candidate, state)
-                self._broken[candidate] = False  # it may have been out of reach for a while
+                if candidate == index:
+                    self._broken[index] = False  # it may have been out of reach for a while
                 return loaded
             except VideoError as error:
                 if not self._broken[candidate]:

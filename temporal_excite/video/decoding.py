@@ -175,7 +175,7 @@ class FrameFolder:
         pass
 
     def read(self, indices: Sequence[int]) -> Tensor:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image, ImageOps
 
         indices = _check(self.path, indices, len(self))
         pictures = {}
@@ -185,8 +185,9 @@ class FrameFolder:
                 with Image.open(file) as image:
                     if image.mode.startswith("I"):  # would be cut off at 255
                         raise VideoError(file, "a grey picture of more than 8 bits: convert it to 8 bits")
+                    ImageOps.exif_transpose(image, in_place=True)
                     pictures[i] = np.asarray(image.convert("RGB"))
-            except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+            except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
                 raise VideoError(file, f"not a readable picture: {error}") from error
         return _stack(self.path, [pictures[i] for i in indices])
 

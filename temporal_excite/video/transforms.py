@@ -22,11 +22,18 @@ _MIRRORED = {
     "right": "left",
     "clockwise": "counterclockwise",
     "counterclockwise": "clockwise",
+    "cw": "ccw",
+    "ccw": "cw",
+    "l": "r",
+    "r": "l",
 }
+_MIRRORED_WORDS = [word for word in _MIRRORED if len(word) > 1]
 # "pulling it right out" (Something-Something) is no direction
 _MIRRORED_WORD = re.compile(
-    r"(?<![a-z])(" + "|".join(_MIRRORED) + r")(?=wards?(?![a-z])|(?![a-z]))(?! out\b)"
+    r"(?<![a-z])(" + "|".join(_MIRRORED_WORDS) + r")(?=wards?(?![a-z])|(?![a-z]))(?! out\b)"
 )
+# in "SWIPELEFT" and "swipe_L": where another class is named as the mirror image would be
+_MIRRORED_PART = re.compile(r"counterclockwise|clockwise|left|right|(?<![a-z])[lr](?![a-z])")
 _WORD_BREAK = re.compile(r"_|(?<=[a-z])(?=[A-Z])")  # "swipe_left" and "SwipeLeft" are two words
 _COUNTERCLOCKWISE = re.compile(r"\b(counter|anti)[- ]?clockwise\b")
 
@@ -52,7 +59,8 @@ def flip_pairs(labels: Sequence[str]) -> dict[int, int | None]:
     Only classes that change are in it. They are found by name: "left" and "right", "clockwise" and
     "counterclockwise" (or "counter-clockwise", "anticlockwise") change places, whole words ("swipe_left",
     "SwipeLeft" and "leftward" hold one), in any case; "right out" is no direction. A class whose mirrored
-    name is not among the labels gets ``None`` and must not be flipped.
+    name is not among the labels gets ``None`` and must not be flipped. Parts of words ("SWIPELEFT") and the
+    single letters of "swipe_L" and "swipe_R" count where both classes are among the labels.
 
     In Something-Something V1 and V2 this finds pulling (86, 87) and pushing (93, 94) "from left to right" /
     "from right to left" and turning the camera left / right (166, 167); in Jester (official, alphabetical
@@ -70,6 +78,10 @@ def flip_pairs(labels: Sequence[str]) -> dict[int, int | None]:
         mirrored = _MIRRORED_WORD.sub(lambda match: _MIRRORED[match[0]], name)
         if mirrored != name:
             pairs[i] = number.get(mirrored)
+            continue
+        mirrored = _MIRRORED_PART.sub(lambda match: _MIRRORED[match[0]], name)
+        if mirrored != name and mirrored in number:
+            pairs[i] = number[mirrored]
     return pairs
 
 

@@ -201,7 +201,8 @@ def excitations(model: nn.Module, clip: Tensor) -> list[SiteGates]:
 
 def _gated(module: nn.Module) -> Iterator[nn.Module]:
     """The parts of a temporal module that have a gate; a part inside another is that one's affair."""
-    if isinstance(module, ActionModule) or callable(getattr(module, "gate", None)):
+    gate = getattr(module, "gate", None)  # a layer of that name gets something else than the module's input
+    if isinstance(module, ActionModule) or (callable(gate) and not isinstance(gate, nn.Module)):
         yield module
     else:
         for child in module.children():

@@ -10,16 +10,18 @@ from pathlib import Path
 from ..._extras import need
 from ...complexity import count
 from ...video import Record
-from ..checkpoint import load_model
 from ..data import load_records, test_dataset
 from ..distributed import join_world, leave_world
 from ..evaluate import evaluate, parse_protocol
+from ..recognizer import Recognizer
 from . import add_data_arguments, add_device_argument
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """The arguments."""
-    parser.add_argument("checkpoint", type=Path, help="best.pt or last.pt of a run")
+    parser.add_argument(
+        "checkpoint", help="best.pt of a run, a save_pretrained() folder, or hf-hub:owner/name"
+    )
     parser.add_argument(
         "--protocol",
         default="1x1",
@@ -41,10 +43,13 @@ def run(args: argparse.Namespace) -> int:
     """Print the accuracies, write the files."""
     logging.basicConfig(format="%(message)s")
     crops, clips = parse_protocol(args.protocol)
-    model, config = load_model(args.checkpoint)
+    recognizer = Recognizer.from_checkpoint(args.checkpoint)
+    model, config = recognizer.model, recognizer.config
     layout = args.format or config.dataset
     named = layout not in ("folder", "tsn", "kinetics", "hmdb51")  # the data name all classes themselves
     named |= layout == "tsn" and (args.data / "labels.txt").is_file()
+    if layout in ("sthv1", "jester"):  # the newer csv names those it has videos of
+        named = any((args.val_list.parent if args.val_list else args.data).glob("*labels.csv"))
     records, labels = load_records(
         args.data,
         layout,
@@ -94,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"  {name:<{width}}  " + ("no videos" if accuracy != accuracy else f"{accuracy:6.2f} %"))
     if args.output:
         summary = {
-            "checkpoint": str(args.checkpoint),
+            "checkpoint": args.checkpoint,
             "protocol": args.protocol,
             "videos": len(result.targets),
             "skipped": result.skipped,

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 
 from ...video import normalisation
-from ..checkpoint import ModelConfig, build_model, load_initial
+from ..checkpoint import ModelConfig, build_model
 from ..data import load_records, test_dataset, train_dataset
 from ..distributed import join_world, leave_world
 from ..engine import AMP, RunOptions, train
 from ..recipes import RECIPES, Recipe, get_recipe
+from ..recognizer import load_initial
 from . import add_data_arguments, add_device_argument, keyword
 
 
@@ -49,7 +50,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="start from random weights, not from timm's",
     )
-    model.add_argument("--init", type=Path, metavar="CKPT", help="start from the weights of another run")
+    model.add_argument(
+        "--init",
+        metavar="CKPT",
+        help="start from the weights of another run (best.pt, a save_pretrained() folder or "
+        "hf-hub:owner/name), its classifier too where it has as many classes",
+    )
     data = add_data_arguments(parser, ("train", "val"))
     data.add_argument(
         "--flip",
