@@ -44,11 +44,10 @@ class Eta:
 
     @property
     def fits(self) -> bool | None:
-        return (
-            None
-            if self.printed is None or self.from_printed is None
-            else _fits(self.from_printed, self.printed)
-        )
+        """Whether the printed digits give the printed efficiency; None where nothing is printed."""
+        if self.printed is None or self.from_printed is None:
+            return None
+        return _fits(self.from_printed, self.printed)
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,10 @@ def run(table: Table) -> tuple[list[Result], list[Eta]]:
     rows = {row.label: row for row in table.rows}
     results = {}
     for row in table.rows:
-        base = row.baseline and _count(rows[row.baseline], row.classes)[row.convention]
-        results[row.label] = Result(row, **_count(row, row.classes), base=base or None)
+        base = None
+        if row.baseline is not None:
+            base = _count(rows[row.baseline], row.classes)[row.convention]
+        results[row.label] = Result(row, **_count(row, row.classes), base=base)
     etas = []
     for row in table.rows:
         if row.baseline is None:
@@ -176,9 +177,9 @@ def footnotes(table: Table, results: Iterable[Result], etas: Iterable[Eta]) -> l
 
 
 def text(table: Table, results: Sequence[Result], etas: Sequence[Eta]) -> str:
-    parts = [table.title, *_text_table(complexity_cells(results))]
+    parts = [table.title, *columns(complexity_cells(results))]
     if etas:
-        parts += ["", table.eta_title, *_text_table(eta_cells(etas))]
+        parts += ["", table.eta_title, *columns(eta_cells(etas))]
     return "\n".join([*parts, *(f"* {note}" for note in footnotes(table, results, etas)), ""])
 
 
@@ -286,7 +287,7 @@ def print_backbones(names: Iterable[str], module: str, path: Path | None) -> Non
     """Print the table of :func:`backbone_cells`, and write it to ``path``."""
     title = f"{module} on 8 frames of 224x224, 174 classes, by fvcore's convention"
     cells = backbone_cells(names, module)
-    print("\n".join([title, *_text_table(cells)]))
+    print("\n".join([title, *columns(cells)]))
     if path:
         path.write_text("\n".join([f"### {title}", "", *_markdown_table(cells), ""]))
 
@@ -315,10 +316,6 @@ def _fits(value: float, printed: str) -> bool:
 
 def _mark(fits: bool | None) -> str | None:
     return None if fits is None else "yes" if fits else "NO"
-
-
-def _text_table(cells: Sequence[Cells]) -> list[str]:
-    return columns(cells[0], cells[1:])
 
 
 def _markdown_table(cells: Sequence[Cells]) -> list[str]:

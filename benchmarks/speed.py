@@ -17,7 +17,7 @@ from typing import Any
 import timm
 import torch
 from as_published import use_published_forms
-from timing import allow_graphs, layout, output_file, ratio, seconds
+from timing import allow_graphs, layout, output_file, ratio, seconds, write_rows
 from torch import nn
 
 import temporal_excite as te
@@ -168,16 +168,12 @@ def main() -> None:
             f"{shown(r['peak_MiB'], 0)} {shown(r['GFLOPs'], 3)}"
         )
     if options.json:
-        with open(options.json, "w") as file:
-            content = {"options": vars(options), "torch": torch.__version__, "rows": rows}
-            json.dump(content, file, indent=1, default=str)
+        write_rows(options.json, options, rows)
     if options.plot:
-        import matplotlib
+        from matplotlib.figure import Figure
 
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        figure, axes = plt.subplots(figsize=(7, 0.4 * len(rows) + 1), layout="constrained")
+        figure = Figure(figsize=(7, 0.4 * len(rows) + 1), layout="constrained")
+        axes = figure.subplots()
         axes.barh([str(r["network"]) for r in rows][::-1], [float(r["ratio"]) for r in rows][::-1])
         axes.set_xlabel("time, ratio to the plain backbone")
         figure.savefig(options.plot)

@@ -10,7 +10,6 @@ divided by the frames a second of a stream, the number of streams that fit. The 
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from functools import partial
 
 import timm
 import torch
-from timing import allow_graphs, layout, output_file, ratio, seconds
+from timing import allow_graphs, layout, output_file, ratio, seconds, write_rows
 from torch import nn
 from torch._inductor import aoti_compile_and_package, aoti_load_package
 
@@ -136,9 +135,7 @@ def main() -> None:
             )
             rows.append(r)
     if options.json:
-        with open(options.json, "w") as file:
-            content = {"options": vars(options), "torch": torch.__version__, "rows": rows}
-            json.dump(content, file, indent=1, default=str)
+        write_rows(options.json, options, rows)
 
 
 if __name__ == "__main__":

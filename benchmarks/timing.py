@@ -1,6 +1,7 @@
 """What the timing scripts share."""
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +39,12 @@ def output_file(name: str) -> Path:
     if not path.parent.is_dir() or path.is_dir():
         raise argparse.ArgumentTypeError(f"cannot write {name}: no such folder, or a folder itself")
     return path
+
+
+def write_rows(path: Path, options: argparse.Namespace, rows: Sequence[Mapping[str, object]]) -> None:
+    """The rows as JSON, with what they were measured with."""
+    content = {"options": vars(options), "torch": torch.__version__, "rows": rows}
+    path.write_text(json.dumps(content, indent=1, default=str) + "\n")
 
 
 def ratio(times: Mapping[str, Sequence[float]], label: str) -> float:

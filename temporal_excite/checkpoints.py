@@ -118,9 +118,10 @@ def load_released(model: Model, checkpoint: str | os.PathLike[str] | Mapping[str
     state = inner.state_dict()
 
     filled: dict[str, Tensor] = {}
+    known = {name for names in expected.values() for name in names}
     problems: dict[str, list[str]] = {
         "missing": [],
-        "not the model's": [],
+        "not the model's": [name for name in given if name not in known],
         "of another shape": [],
         "unequal": [],
     }
@@ -139,8 +140,6 @@ def load_released(model: Model, checkpoint: str | os.PathLike[str] | Mapping[str
         if tensor.shape != shape:
             problems["of another shape"].append(f"{first} {tuple(tensor.shape)}, here {tuple(shape)}")
         filled[key] = tensor
-    known = {name for names in expected.values() for name in names}
-    problems["not the model's"] = [name for name in given if name not in known]
     if any(problems.values()):
         raise ValueError(_complaint(inner, problems, given))
     inner.load_state_dict({**state, **filled})
@@ -221,15 +220,17 @@ _NETWORKS: dict[str, type[_Network]] = {
 }
 
 
+_KNOWN = (
+    "load_released knows timm's resnet*, res2net*, mobilenetv2_* and bninception, "
+    "and VideoClassifiers of them"
+)
+
+
 def _network(model: nn.Module) -> _Network:
     for cls in type(model).__mro__:
         if network := _NETWORKS.get(f"{cls.__module__}.{cls.__qualname__}"):
             return network(model)
-    raise ValueError(
-        f"no released weights for {type(model).__name__}; "
-        "load_released knows timm's resnet*, res2net*, mobilenetv2_* and bninception, and VideoClassifiers "
-        "of them"
-    )
+    raise ValueError(f"no released weights for {type(model).__name__}: {_KNOWN}")
 
 
 def _expected_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -261,10 +262,7 @@ def _expected_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
         layer, _, tensor = key.rpartition(".")
         names = (inside[layer],) if layer in inside else hosts.get(layer) or network.layer(layer)
         if not names:
-            raise ValueError(
-                f"{type(model).__name__} has {key}, which no released network has: load_released knows "
-                "timm's resnet*, res2net*, mobilenetv2_* and bninception"
-            )
+            raise ValueError(f"{type(model).__name__} has {key}, which no released network has: {_KNOWN}")
         expected[key] = tuple(f"{name}.{tensor}" for name in names)
     return expected
 

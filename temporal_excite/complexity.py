@@ -61,14 +61,13 @@ class Complexity:
             f"for a clip of {' x '.join(map(str, self.clip_shape))} (convention {self.convention!r})"
         ]
         if self.sites:
-            header = ("block", "placement", "stage", "module", "channels", "parameters", "FLOPs")
-            lines += columns(
-                header,
-                [
-                    (s.block, s.placement, s.stage, s.module, s.channels, f"{s.parameters:,}", f"{s.flops:,}")
-                    for s in self.sites
-                ],
-            )
+            rows: list[tuple[object, ...]] = [
+                ("block", "placement", "stage", "module", "channels", "parameters", "FLOPs")
+            ]
+            for s in self.sites:
+                counts = f"{s.parameters:,}", f"{s.flops:,}"
+                rows.append((s.block, s.placement, s.stage, s.module, s.channels, *counts))
+            lines += columns(rows)
         skipped = ", ".join(f"{name} x{calls}" for name, calls in self.skipped.items())
         return "\n".join([*lines, f"not counted: {skipped or 'nothing'}"])
 

@@ -30,22 +30,25 @@ _HOLDER = "_temporal_holder"
 
 
 @dataclass(frozen=True)
-class _Hook:
-    """Runs the layer's child ``temporal``.
-
-    Holds no module, so that a deep copy's hook runs the copy's child, and pickles.
-    """
+class _Place:
+    """Where a temporal module is; ``position``, ``placement`` and ``stage`` as in :class:`Site`."""
 
     path: str  # of the layer below its block, such as "conv1"
     position: str
     placement: str
     stage: int | None
-    nhwc: bool = False
+    nhwc: bool  # whether the layer works on (N*T, H, W, C)
 
-    def run(self, layer: nn.Module, x: Tensor) -> Tensor:
+    def run(self, layer: nn.Module, *inputs: Tensor) -> Tensor:
+        """The layer's child ``temporal``, which takes ``(N*T, C, H, W)``."""
         if self.nhwc:
-            return _module_of(layer)(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return _module_of(layer)(x)
+            inputs = tuple([x.permute(0, 3, 1, 2) for x in inputs])
+            return _module_of(layer)(*inputs).permute(0, 2, 3, 1)
+        return _module_of(layer)(*inputs)
+
+
+class _Hook(_Place):
+    """Holds no module, so that a deep copy's hook runs the copy's child, and pickles."""
 
 
 def _module_of(layer: nn.Module) -> Any:
@@ -110,19 +113,15 @@ class _Around(_Hook):
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         if _hook(layer) is not self:
             return output
-        return _module_of(layer)(_given(layer, args)[0], output)
+        return self.run(layer, _given(layer, args)[0], output)
 
 
 @dataclass(frozen=True)
-class _Replaced:
+class _Replaced(_Place):
     """What stood where a :class:`_Replacement` stands. Not a module: its weights are no parameters of the
     network meanwhile, and yet a deep copy or a pickle of the network carries them."""
 
     layer: nn.Module
-    path: str
-    position: str
-    placement: str
-    stage: int | None
 
 
 class _Replacement(nn.Module):
@@ -133,7 +132,7 @@ class _Replacement(nn.Module):
         self.replaced = replaced
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.temporal(x)  # type: ignore[operator]
+        return self.replaced.run(self, x)
 
 
 @dataclass(frozen=True)
@@ -192,24 +191,16 @@ class SiteList(list[Site]):
     """A list of sites that prints as a table."""
 
     def __str__(self) -> str:
-        header = ["block", "placement", "layer", "stage", "module", "channels", "parameters"]
         streams = any(s.state_bytes is not None for s in self)
-        lines = columns(
-            [*header, "state bytes"] if streams else header,
-            [
-                (
-                    s.block,
-                    s.placement,
-                    f"{s.position}:{s.layer}",
-                    s.stage,
-                    s.kind,
-                    s.channels,
-                    f"{s.parameters:,}",
-                    *([f"{s.state_bytes:,}"] if streams else []),
-                )
-                for s in self
-            ],
-        )
+        rows: list[list[object]] = [
+            ["block", "placement", "layer", "stage", "module", "channels", "parameters"]
+        ]
+        for s in self:
+            layer, parameters = f"{s.position}:{s.layer}", f"{s.parameters:,}"
+            rows.append([s.block, s.placement, layer, s.stage, s.kind, s.channels, parameters])
+        if streams:
+            for row, cell in zip(rows, ["state bytes", *(f"{s.state_bytes:,}" for s in self)], strict=True):
+                row.append(cell)
         total = sum(s.parameters for s in self)
         notes = [
             f"{', '.join(s.layer for s in self if s.note == note)}: {note}"
@@ -218,7 +209,7 @@ class SiteList(list[Site]):
         summary = f"{len(self)} sites, {total:,} added parameters"
         if streams:
             summary += f", {sum(s.state_bytes or 0 for s in self):,} bytes of state a stream"
-        return "\n".join([*lines, *notes, summary])
+        return "\n".join([*columns(rows), *notes, summary])
 
 
 @dataclass(frozen=True)
@@ -236,9 +227,8 @@ class SkippedList(list[Skipped]):
     """A list of skipped blocks that prints as a table."""
 
     def __str__(self) -> str:
-        lines = columns(
-            ("block", "class", "stage", "reason"), [(s.block, s.kind, s.stage, s.reason) for s in self]
-        )
+        rows = [(s.block, s.kind, s.stage, s.reason) for s in self]
+        lines = columns([("block", "class", "stage", "reason"), *rows])
         return "\n".join([*lines, f"{len(self)} blocks skipped"])
 
 
@@ -302,15 +292,7 @@ def inject(
         raise ValueError(f"unknown placement {placement!r}; known: {', '.join(PLACEMENTS)}")
     if placement and plan:
         raise ValueError(f"{module!r} has points of its own: leave placement={placement!r} out")
-    if held := sites(model):
-        raise RuntimeError(
-            f"{type(model).__name__} already holds {len(held)} temporal modules; eject(model) first"
-        )
-    if _watched(model):
-        raise RuntimeError(
-            f"{type(model).__name__} holds what is left of temporal modules whose batch norms were replaced; "
-            "eject(model) first"
-        )
+    _check_plain(model)
     if causal:
         _check_causal(plan or factory, module)
         kwargs["causal"] = True
@@ -323,18 +305,7 @@ def inject(
             anchor = block.anchor(placement or "loc1")
             child = factory(block.channels(anchor), n_segment=n_segment, **kwargs)
             insertions.append(Insertion(block, anchor, placement or "loc1", child))
-    holders: set[nn.Module] = set()
-    for insertion in insertions:
-        holders.add(_check_place(insertion, holders))
-        if not isinstance(insertion.module, nn.Module):
-            raise TypeError(
-                f"{module!r} gave {insertion.module!r} for {insertion.block.name}, not a torch.nn.Module"
-            )
-        if causal and not is_causal(insertion.module):
-            raise TypeError(
-                f"{type(insertion.module).__name__} takes causal=True, but its attribute causal, or a "
-                "part's, is not True: derive it from temporal_excite.modules.TemporalModule"
-            )
+    _check_insertions(insertions, module, causal)
     ready = [_prepared(insertion) for insertion in insertions]  # all, before the first is attached
     for insertion in ready:
         _attach(model, insertion)
@@ -542,11 +513,40 @@ def _skipped(model: nn.Module) -> SkippedList:
     return found
 
 
+def _check_plain(model: nn.Module) -> None:
+    """Raise if the model holds temporal modules, or what is left of them."""
+    if held := sites(model):
+        raise RuntimeError(
+            f"{type(model).__name__} already holds {len(held)} temporal modules; eject(model) first"
+        )
+    if _watched(model):
+        raise RuntimeError(
+            f"{type(model).__name__} holds what is left of temporal modules whose batch norms were replaced; "
+            "eject(model) first"
+        )
+
+
 def _check_causal(factory: Callable[..., Any], module: Any) -> None:
     """Raise unless a factory of modules, or a network's plan, takes the keyword ``causal``."""
     parameters = inspect.signature(factory).parameters.values()
     if not any(p.name == "causal" or p.kind is p.VAR_KEYWORD for p in parameters):
         raise TypeError(f"{module!r} has no causal form: it takes no keyword causal")
+
+
+def _check_insertions(insertions: Iterable[Insertion], module: Any, causal: bool) -> None:
+    """Raise unless every insertion has a place of its own and a module of the kind asked for."""
+    holders: set[nn.Module] = set()
+    for insertion in insertions:
+        holders.add(_check_place(insertion, holders))
+        if not isinstance(insertion.module, nn.Module):
+            raise TypeError(
+                f"{module!r} gave {insertion.module!r} for {insertion.block.name}, not a torch.nn.Module"
+            )
+        if causal and not is_causal(insertion.module):
+            raise TypeError(
+                f"{type(insertion.module).__name__} takes causal=True, but its attribute causal, or a "
+                "part's, is not True: derive it from temporal_excite.modules.TemporalModule"
+            )
 
 
 def _check_place(insertion: Insertion, taken: Set[nn.Module]) -> nn.Module:
@@ -573,15 +573,15 @@ def _attach(model: nn.Module, insertion: Insertion) -> None:
     path, layer = block.layer(insertion.anchor)
     position = insertion.anchor.partition(":")[0]
     module = insertion.module
-    place = (path, position, insertion.placement, block.stage)
+    place = (path, position, insertion.placement, block.stage, block.host.nhwc)
     if position == "instead":
         parent, _, name = path.rpartition(".")
-        layer = _Replacement(_Replaced(layer, *place)).train(block.module.training)
+        layer = _Replacement(_Replaced(*place, layer)).train(block.module.training)
         setattr(block.module.get_submodule(parent), name, layer)
     elif position == "pre":
-        layer.register_forward_pre_hook(_Before(*place, block.host.nhwc))
+        layer.register_forward_pre_hook(_Before(*place))
     else:
-        layer.register_forward_hook((_After if position == "out" else _Around)(*place, block.host.nhwc))
+        layer.register_forward_hook((_After if position == "out" else _Around)(*place))
     _, holder = block.holder(path)
     holder.add_module(CHILD, module)
     if holder is not layer:
@@ -629,13 +629,12 @@ def _to_like(module: nn.Module, like: nn.Module) -> nn.Module:
     return module.to(parameter.device, parameter.dtype)
 
 
-def _held(model: nn.Module) -> Iterator[tuple[str, nn.Module, _Hook | _Replaced]]:
+def _held(model: nn.Module) -> Iterator[tuple[str, nn.Module, _Place]]:
     """(name, layer, place) of every layer that holds a temporal module."""
     for name, layer in model.named_modules():
         if isinstance(layer, _Replacement):
             yield name, layer, layer.replaced
-            continue
-        if (hook := _hook(layer)) is not None:
+        elif (hook := _hook(layer)) is not None:
             yield name, layer, hook
 
 

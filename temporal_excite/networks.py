@@ -241,8 +241,9 @@ def _behind_relu(block: Block, part: str, steps: dict[str, nn.Module]) -> Insert
     The block calls one ReLU everywhere, so the module hangs on ``bn1`` and has a ReLU itself; the block's own
     changes nothing behind ME, whose factor is positive.
     """
-    if not isinstance(getattr(block.module, "relu", None), nn.ReLU):
-        raise ValueError(f"{_name(block)} must have a ReLU as its activation, it has {block.module.relu}")
+    activation = getattr(block.module, "relu", None)
+    if not isinstance(activation, nn.ReLU):
+        raise ValueError(f"{_name(block)} must have a ReLU as its activation 'relu', it has {activation}")
     if not getattr(steps.get("me"), "residual", True):
         raise ValueError(
             f"{_name(block)} applies a ReLU behind ME, which would lose the negative half of residual=False; "

@@ -491,5 +491,36 @@ def test_layers_called_by_keyword():
         hosts._HOSTS.update(before)
 
 
+@pytest.mark.parametrize("position", ["pre", "out", "around", "instead"])
+def test_every_position_gives_modules_channels_first(position, monkeypatch):
+    class ChannelsLast(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return x + self.fc(x)
+
+    class Noted(nn.Module):
+        def forward(self, *inputs):
+            self.shapes = [tuple(x.shape) for x in inputs]
+            return inputs[-1]
+
+    def plan(blocks, n_segment):
+        return [Insertion(block, f"{position}:fc", "mine", Noted()) for block in blocks]
+
+    before = hosts.known_hosts()
+    te.register_host(ChannelsLast, loc1="pre:fc", nhwc=True)
+    monkeypatch.setitem(registry._NETWORKS, "mine", plan)
+    try:
+        model = te.inject(nn.Sequential(ChannelsLast()), "mine", T)
+        assert model(torch.rand(T, 5, 6, 8)).shape == (T, 5, 6, 8)
+        shapes = te.sites(model)[0].module.shapes
+        assert shapes == [(T, 8, 5, 6)] * (2 if position == "around" else 1)
+    finally:
+        hosts._HOSTS.clear()
+        hosts._HOSTS.update(before)
+
+
 def test_stages_from_an_iterator():
     assert len(te.sites(te.inject(build(), "tsm", T, stages=iter((2, 3))))) == 4

@@ -466,6 +466,18 @@ def test_bad_input(call, message):
         call()
 
 
+def test_sizes_must_be_whole_numbers():
+    with pytest.raises(TypeError, match="stride must be an int, got '2'"):
+        te.MTA(16, 4, stride="2")
+
+
+def test_res2net_block_without_relu():
+    model = network(RES2NET)
+    del model.layer1[0].relu
+    with pytest.raises(ValueError, match="must have a ReLU as its activation 'relu', it has None"):
+        te.inject(model, "tea")
+
+
 def test_bad_keywords():
     with pytest.raises(TypeError, match="reduction"):
         te.inject(network(RESNET), "2plus1d", reduction=4)

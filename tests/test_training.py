@@ -48,7 +48,7 @@ from temporal_excite.training import (
 from temporal_excite.training import checkpoint as checkpoint_module
 from temporal_excite.training.checkpoint import load_weights
 from temporal_excite.training.data import load_records, test_dataset, train_dataset
-from temporal_excite.training.distributed import EvalShare, TrainBatches
+from temporal_excite.training.distributed import TrainBatches
 from temporal_excite.training.evaluate import Evaluation, video_scores
 from temporal_excite.training.optim import create_optimizer, create_schedule
 from temporal_excite.video import Record
@@ -288,7 +288,7 @@ def test_groups_stay_together(group, size, accumulate, per, spare):
 @settings(max_examples=25, deadline=None)
 @given(length=st.integers(0, 30), size=st.integers(1, 5))
 def test_evaluation_takes_everything_once(length, size):
-    taken = [i for r in range(size) for i in EvalShare(length, World(CPU.device, r, size))]
+    taken = [i for r in range(size) for i in World(CPU.device, r, size).share_of(length)]
     assert sorted(taken) == list(range(length))
 
 

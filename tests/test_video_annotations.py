@@ -78,6 +78,7 @@ def test_newer_jester_csv(tmp_path):
         (row.format(5, "Go", 1), "4: label 1 is 'Go' here and 'Stop' elsewhere"),
         (row.format(5, "Stop", "x"), "4: label_id must be a whole number, got 'x'"),
         (row.format(5, "", ""), "4: no value for 'label'"),
+        (row.format(5, "Go", -1), "4: label -1 out of range, labels are counted from 0"),
         ('5,"Stop,37,1\n', "4: not valid csv"),
     ):
         write(file, text + added)

@@ -16,7 +16,7 @@ _MODULES: dict[str, ModuleFactory] = {}
 _NETWORKS: dict[str, NetworkPlan] = {}
 
 
-def register_module(name: str, factory: ModuleFactory) -> ModuleFactory:
+def register_module(name: str, factory: ModuleFactory) -> None:
     """Make ``inject(model, name)`` build ``factory(channels, n_segment=..., **kwargs)`` at every site.
 
     ``inject(..., causal=True)`` adds ``causal=True``; a module that takes it derives from
@@ -26,12 +26,11 @@ def register_module(name: str, factory: ModuleFactory) -> ModuleFactory:
         TypeError: the factory cannot be called.
         ValueError: the name is taken.
     """
-    _free(name, factory)
+    _check_entry(name, factory)
     _MODULES[name] = factory
-    return factory
 
 
-def register_network(name: str, plan: NetworkPlan) -> NetworkPlan:
+def register_network(name: str, plan: NetworkPlan) -> None:
     """Make ``inject(model, name)`` put modules where ``plan(blocks, n_segment, **kwargs)`` says.
 
     For networks that need several modules in a block, or different ones in different blocks.
@@ -40,9 +39,8 @@ def register_network(name: str, plan: NetworkPlan) -> NetworkPlan:
         TypeError: the plan cannot be called.
         ValueError: the name is taken.
     """
-    _free(name, plan)
+    _check_entry(name, plan)
     _NETWORKS[name] = plan
-    return plan
 
 
 def module_factory(name: str) -> ModuleFactory:
@@ -74,7 +72,7 @@ def network_names() -> list[str]:
     return sorted(_NETWORKS)
 
 
-def _free(name: str, entry: object) -> None:
+def _check_entry(name: str, entry: object) -> None:
     if not callable(entry):
         raise TypeError(f"{name!r} needs something to call, got {entry!r}")
     for known in (_MODULES, _NETWORKS):

@@ -136,9 +136,10 @@ class MTA(TemporalModule):
             )
         self.scale = scale
         self.form = _check_form(form)
+        positive_int("stride", stride)
         positive_int("dilation", dilation)
         self.stage = stride > 1 if stage is None else stage
-        if positive_int("stride", stride) > 1 and not self.stage:
+        if stride > 1 and not self.stage:
             raise ValueError(f"stride={stride} needs stage=True: parts of different size cannot be added")
         released = form == "released"
         self.shifts = nn.ModuleList(

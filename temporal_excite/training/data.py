@@ -3,11 +3,12 @@ frames."""
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from ..video import (
-    FORMATS,
     Record,
     SegmentSampler,
     VideoDataset,
@@ -41,7 +42,7 @@ are."""
 
 def layouts() -> list[str]:
     """The names ``format`` of :func:`load_records` takes."""
-    return ["folder", *FORMATS]
+    return ["folder", *LAYOUTS]
 
 
 def load_records(
@@ -185,6 +186,14 @@ def test_dataset(
     records: Sequence[Record], config: ModelConfig, protocol: str = "1x1", *, on_error: str = "raise"
 ) -> VideoDataset:
     """The data of a test protocol, "CROPSxCLIPS": the centre crop, or three crops of the whole short side."""
+    sampler, transform = protocol_views(config, protocol)
+    return VideoDataset(records, sampler, transform, on_error=on_error, labels=config.labels)
+
+
+def protocol_views(
+    config: ModelConfig, protocol: str = "1x1"
+) -> tuple[SegmentSampler, Callable[[Tensor, int], tuple[Tensor, int]]]:
+    """What a test protocol takes of a video: its frames, and their crops."""
     crops, clips = parse_protocol(protocol)
     transform = test_transform(
         crops,
@@ -193,8 +202,7 @@ def test_dataset(
         mean=config.mean,
         std=config.std,
     )
-    sampler = SegmentSampler(config.n_segment, "test", clips)
-    return VideoDataset(records, sampler, transform, on_error=on_error, labels=config.labels)
+    return SegmentSampler(config.n_segment, "test", clips), transform
 
 
 test_dataset.__test__ = False  # type: ignore[attr-defined]  # a name pytest would collect

@@ -29,6 +29,11 @@ class World:
         """Whether this process writes the files."""
         return self.rank == 0
 
+    def share_of(self, length: int) -> range:
+        """The items of this process when each of ``length`` is evaluated once: no padding, unlike PyTorch's
+        ``DistributedSampler``, so counts add up exactly."""
+        return range(self.rank, length, self.size)
+
     def sum(self, *values: float) -> list[float]:
         """Each value added up over the processes, in float64."""
         if self.size == 1:
@@ -143,19 +148,6 @@ class TrainBatches(Sampler[list[int]]):
         for step in range(self.start, self.steps):
             for part in range(self.accumulate):
                 yield shares[step, part, self.world.rank].tolist()
-
-
-class EvalShare(Sampler[int]):
-    """Every item exactly once over all processes: no padding, so counts add up exactly."""
-
-    def __init__(self, length: int, world: World) -> None:
-        self.indices = range(world.rank, length, world.size)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.indices)
 
 
 @contextmanager

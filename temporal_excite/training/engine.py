@@ -25,7 +25,7 @@ from .progress import RunLog, forget_after
 from .recipes import Recipe
 
 AMP = {"off": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_NOT_COMPARED = ("workers", "progress", "tensorboard", "save_every", "log_every", "compile")
+_NOT_COMPARED = ("workers", "progress", "tensorboard", "save_every", "log_every", "compile", "sources")
 
 
 @dataclass(frozen=True)
@@ -372,7 +372,7 @@ class _Run:
             changed = [
                 f"{key} was {then[part].get(key)!r}, is {value!r}"
                 for key, value in now[part].items()
-                if key not in (*_NOT_COMPARED, "sources") and then[part].get(key) != value
+                if key not in _NOT_COMPARED and then[part].get(key) != value
             ]
             if changed:
                 raise CheckpointError(f"{path} is of another run ({part}): {'; '.join(changed)}")

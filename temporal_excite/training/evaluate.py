@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .._extras import need
-from .distributed import EvalShare, World, ignore_sigterm, join_world, let_go
+from .distributed import World, ignore_sigterm, join_world, let_go
 
 logger = logging.getLogger(__name__)
 
@@ -186,11 +186,11 @@ def evaluate(
     count = len(dataset) if isinstance(dataset, Sized) else 0
     if not count:
         raise ValueError("the data set to evaluate on is empty")
-    share = EvalShare(count, world)
+    indices = world.share_of(count)
     loader = DataLoader(
         dataset,
         max(1, batch_size // views),
-        sampler=share,
+        sampler=indices,
         num_workers=workers,
         worker_init_fn=ignore_sigterm,
         generator=torch.Generator(),
@@ -209,17 +209,16 @@ def evaluate(
         raise
     finally:
         model.train(training)
-    mine = (torch.tensor(list(share.indices)), torch.cat(scores), torch.cat(targets)) if scores else None
+    mine = (torch.tensor(indices), torch.cat(scores), torch.cat(targets)) if scores else None
     gathered = world.gather((mine, list(getattr(dataset, "broken", ()))))
     shares = [share for share, _ in gathered if share is not None]
     broken = sorted({i for _, some in gathered for i in some})
-    indices, all_scores, all_targets = (torch.cat(parts) for parts in zip(*shares, strict=True))
-    kept = ~torch.isin(indices, torch.tensor(broken, dtype=torch.long))
+    all_indices, all_scores, all_targets = (torch.cat(parts) for parts in zip(*shares, strict=True))
+    kept = ~torch.isin(all_indices, torch.tensor(broken, dtype=torch.long))
     if broken:
         logger.warning("%d of %d videos could not be read and are left out", len(broken), count)
     if not kept.any():
         raise ValueError(f"none of the {count} videos to evaluate on could be read")
-    order = indices[kept].argsort()
-    return Evaluation(
-        indices[kept][order], all_scores[kept][order], all_targets[kept][order], tuple(labels), len(broken)
-    )
+    order = all_indices.argsort()
+    order = order[kept[order]]
+    return Evaluation(all_indices[order], all_scores[order], all_targets[order], tuple(labels), len(broken))

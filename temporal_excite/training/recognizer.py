@@ -19,7 +19,7 @@ from ..stream import Stream
 from ..video import Record
 from ..video.dataset import transformed
 from .checkpoint import CheckpointError, ModelConfig, build_model, load_weights, read_checkpoint
-from .data import test_dataset
+from .data import protocol_views, test_dataset
 from .evaluate import finite, video_scores
 
 HUB = "hf-hub:"
@@ -111,9 +111,8 @@ class Recognizer:
             raise ValueError(
                 f"expected uint8 frames (F, 3, H, W), got {frames.dtype} of shape {tuple(frames.shape)}"
             )
-        like = test_dataset([Record(Path(), 0)], self.config, protocol)
-        assert like.transform is not None
-        return transformed(like.transform, frames[like.sampler(len(frames))], 0)[0]
+        sampler, transform = protocol_views(self.config, protocol)
+        return transformed(transform, frames[sampler(len(frames))], 0)[0]
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors``, the files timm keeps on the hub; both or none."""
@@ -183,7 +182,7 @@ class LiveRecognizer:
                 )
         self.recognizer = recognizer
         self._stream = Stream(recognizer.model, window)
-        self._transform = test_dataset([Record(Path(), 0)], config).transform
+        _, self._transform = protocol_views(config)
         # the first call for a size runs the network once more: not at the first frame
         self._stream.initial_state(1, (3, config.crop, config.crop))
 
@@ -192,7 +191,7 @@ class LiveRecognizer:
         averaged logits."""
         if frame.ndim != 3 or len(frame) != 3 or frame.dtype != torch.uint8:
             raise ValueError(f"expected a uint8 frame (3, H, W), got {frame.dtype} {tuple(frame.shape)}")
-        x, _ = transformed(self._transform, frame[None, None], 0)  # type: ignore[arg-type]
+        x, _ = transformed(self._transform, frame[None, None], 0)
         consensus = self._stream(x.to(self.recognizer.device)).consensus
         return self.recognizer._best(finite(consensus[0].softmax(0).cpu()), top)
 

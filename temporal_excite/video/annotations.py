@@ -273,20 +273,21 @@ def _id_and_number(source: _Source) -> _Result:
     records = []
     for line, row in _table(source, ("video_id", "label", "label_id")):
         label = _int(source, line, row["label_id"], "label_id")
-        if source.labels is not None and label not in names:
-            raise source.error(line, f"label {label} out of range, labels are 0 .. {len(names) - 1}")
+        if label < 0 or (source.labels is not None and label not in names):
+            known = "counted from 0" if source.labels is None else f"0 .. {len(names) - 1}"
+            raise source.error(line, f"label {label} out of range, labels are {known}")
         if names.setdefault(label, row["label"]) != row["label"]:
             raise source.error(line, f"label {label} is {row['label']!r} here and {names[label]!r} elsewhere")
         records.append(Record(source.root / (row["video_id"] + (source.suffix or "")), label))
     if len(set(names.values())) < len(names):
         doubled = next(name for name, times in Counter(names.values()).items() if times > 1)
         raise ValueError(f"{source.path}: the class {doubled!r} has two numbers")
-    if sorted(names) != list(range(len(names))):
-        missing = sorted(set(range(max(names) + 1)) - set(names))
+    missing = next((i for i in range(len(names)) if i not in names), None)
+    if missing is not None:
         raise ValueError(
-            f"{source.path}: no video has label {missing[0]}: pass labels=NAMES to name all classes"
+            f"{source.path}: no video has label {missing}: pass labels=NAMES to name all classes"
         )
-    return records, [names[i] for i in sorted(names)]
+    return records, [names[i] for i in range(len(names))]
 
 
 def _table(source: _Source, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:

@@ -1,7 +1,7 @@
 """``temporal-excite explain``."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from ...video import Record
 from ...visual import animation, attention, cam, excitations, figure, grad_cam, overlay, unnormalise
 from ...visual.pictures import ANIMATIONS, PICTURES, mask_rows
+from ..checkpoint import ModelConfig
 from ..data import test_dataset
 from ..distributed import choose_device
 from ..recognizer import Recognizer
@@ -55,20 +56,8 @@ def run(args: argparse.Namespace) -> int:
     sources = [args.checkpoint, *args.compare]
     models = [Recognizer.from_checkpoint(source, choose_device(args.device)) for source in sources]
     config = models[0].config
-    for source, other in zip(sources[1:], models[1:], strict=True):
-        for name in ("n_segment", "short_side", "crop", "labels"):
-            ours, theirs = getattr(config, name), getattr(other.config, name)
-            if ours != theirs:
-                difference = "other classes" if name == "labels" else f"{name}={theirs}, not {ours}"
-                raise ValueError(f"{source} cannot be compared with {sources[0]}: it has {difference}")
-    target = None
-    if args.target is not None:
-        if args.target not in config.labels:
-            raise ValueError(
-                f"--class {args.target!r} is none of the {config.num_classes} classes "
-                f"({config.labels[0]!r}, ..)"
-            )
-        target = config.labels.index(args.target)
+    _check_comparable(sources, [model.config for model in models])
+    target = None if args.target is None else _class_number(config, args.target)
     args.out.mkdir(parents=True, exist_ok=True)
 
     rows: dict[str, Tensor] = {}
@@ -110,3 +99,22 @@ def run(args: argparse.Namespace) -> int:
         draw(path=args.out / name)
     print(f"wrote {', '.join(sorted(pictures))} to {args.out}")
     return 0
+
+
+def _check_comparable(sources: Sequence[str], configs: Sequence[ModelConfig]) -> None:
+    """Raise unless all checkpoints take the same clips and know the same classes."""
+    first = configs[0]
+    for source, config in zip(sources, configs, strict=True):
+        for name in ("n_segment", "short_side", "crop", "labels"):
+            ours, theirs = getattr(first, name), getattr(config, name)
+            if ours != theirs:
+                difference = "other classes" if name == "labels" else f"{name}={theirs}, not {ours}"
+                raise ValueError(f"{source} cannot be compared with {sources[0]}: it has {difference}")
+
+
+def _class_number(config: ModelConfig, label: str) -> int:
+    if label not in config.labels:
+        raise ValueError(
+            f"--class {label!r} is none of the {config.num_classes} classes ({config.labels[0]!r}, ..)"
+        )
+    return config.labels.index(label)
