@@ -1,15 +1,15 @@
-"""Libraries that come with extras."""
+"""Optional dependencies."""
 
 import importlib.util
 
 
 def need(library: str, extra: str, what: str) -> None:
-    """Raise an ImportError that names the extra where a library is missing.
+    """Raise a ``ModuleNotFoundError`` that names the extra if a library is missing.
 
     Args:
-        library: as it is imported.
-        extra: that brings it.
-        what: needs it, as the start of the message.
+        library: its import name.
+        extra: the extra that installs it.
+        what: what needs it, in the plural: the start of the message.
     """
     if importlib.util.find_spec(library) is None:
         raise ModuleNotFoundError(

@@ -1,7 +1,7 @@
-"""Tensors that the backward pass needs and computes again, instead of finding them kept.
+"""Tensors that the backward pass recomputes instead of having them saved.
 
-A convolution keeps its input for the gradient of its weight. Where a temporal module made that input, this
-would be a full-size tensor beside the module's own input, which the network keeps anyway.
+A convolution saves its input for the gradient of its weight. Where that input is the output of a temporal
+module, this is a second full-size tensor beside the module's own input, which the network saves anyway.
 """
 
 from collections.abc import Callable
@@ -18,34 +18,35 @@ from .ops import autocast_dtype
 
 
 class Again:
-    """How to compute ``y`` once more when a backward pass needs it.
+    """How to recompute ``y`` when a backward pass needs it.
 
     Args:
         y: the tensor.
-        compute: gives it again.
+        compute: returns the tensor once more.
     """
 
     def __init__(self, y: Tensor, compute: Callable[[], Tensor]) -> None:
         self._compute = compute
         self._version = y._version
         self._strides = y.stride()
-        self._owed = self._left = 0  # tensors saved as this; of these, not asked for yet
+        self._owed = self._left = 0  # how often this was saved; how often it is still to be unpacked
         self._value: Tensor | None = None
 
     def changed(self, y: Tensor, function: Callable[[Tensor], Tensor]) -> None:
-        """``y`` is now, in place, ``function`` of what it was, and only what it is now has been saved."""
+        """Note that ``function`` was applied to ``y`` in place; only the new value may have been saved."""
         first = self._compute
         self._compute = lambda: function(first())
         self._version = y._version
 
     def replaced(self, compute: Callable[[], Tensor]) -> None:
-        """``compute`` gives from now on what serves as ``y`` for all it has been saved for."""
+        """From now on ``compute`` returns ``y``, or what can stand in for it wherever it was saved."""
         self._compute = compute
 
     def instead_of(self, y: Tensor) -> AbstractContextManager:
-        """While entered, autograd keeps this where it would keep ``y``, whatever the shape.
+        """A context in which autograd saves this object wherever it would save ``y``, in any shape.
 
-        Everything else is kept as it is, out of reach of hooks around this: enter it for one operation.
+        Other tensors are saved as they are, unseen by the hooks of enclosing contexts: use it for a single
+        operation.
         """
         if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
             return nullcontext()
@@ -61,15 +62,15 @@ class Again:
 
     @staticmethod
     def of(y: Any) -> "Again | None":
-        """How to compute ``y`` again, where that is known and nobody has changed it since."""
+        """How to recompute ``y``; None where that is unknown or ``y`` has been modified in place since."""
         again: Again | None = getattr(y, "again", None)
         return again if again and again._version == y._version else None
 
     def value(self) -> Tensor:
-        """``y``; the same tensor for all that are owed it in one backward pass."""
+        """``y``, computed once in a backward pass and shared by all nodes that saved it."""
         if self._value is None:
             value = self._compute()
-            if value.stride() != self._strides:  # hooks kept its inputs in another layout
+            if value.stride() != self._strides:  # saved-tensor hooks returned the inputs in another layout
                 value = value.new_empty_strided(value.shape, self._strides).copy_(value)
             self._value = value
             self._left = self._owed
@@ -83,13 +84,13 @@ def _unpack(packed: tuple[Any, ...]) -> Tensor:
     kept, *rest = packed
     if isinstance(kept, Again):
         return kept.value().as_strided(*rest)
-    check_version(kept, rest[0])  # autograd does not look where there are hooks
+    check_version(kept, rest[0])  # autograd does not check tensors that hooks packed
     saved: Tensor = kept
     return saved
 
 
 def check_version(x: Tensor, version: int) -> None:
-    """Raise autograd's ``RuntimeError`` if ``x`` has been changed since it was at ``version``."""
+    """Raise a ``RuntimeError`` like autograd's if ``x`` has been modified in place since ``version``."""
     if x._version != version:
         raise RuntimeError(
             f"a tensor {tuple(x.shape)} needed for the gradient has been modified by an inplace operation: "
@@ -98,18 +99,18 @@ def check_version(x: Tensor, version: int) -> None:
 
 
 class Input(Tensor):
-    """The input of a layer."""
+    """The input of a layer, with what is known of how it was computed."""
 
     again: Again | None = None
-    """What a convolution or average pooling keeps in its place."""
+    """What a convolution or average pooling saves instead of it."""
     rectified: int | None = None
-    """At which version a ReLU in place has nothing to do; tensors of inference mode have none but 0."""
+    """The version (:func:`version_of`) at which nothing is negative: an in-place ReLU then does nothing."""
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if any(kind is not cls for kind in types):  # others have their own ways
+        if any(kind is not cls for kind in types):  # other subclasses decide for themselves
             args, kwargs = tree_map_only(Input, lambda x: x.as_subclass(Tensor), (args, kwargs or {}))
             return func(*args, **kwargs)
         first: Any = args[0] if args else None
@@ -129,12 +130,12 @@ def _is_rectified(x: Any) -> bool:
 
 
 def version_of(x: Tensor) -> int:
-    """How often ``x`` has been changed in place; 0 where inference mode does not count."""
+    """How often ``x`` has been modified in place; 0 for inference tensors, which have no such counter."""
     return 0 if x.is_inference() else x._version
 
 
 def computing(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
-    """``function(x)``, under the autocast of now. Keeps ``x`` until then."""
+    """A callable that returns ``function(x)`` under the present autocast. Saves ``x`` for it."""
     node: Any = _Kept.apply(x).grad_fn
     autocast = autocast_of_now(x)
 
@@ -146,7 +147,7 @@ def computing(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], T
 
 
 class _Kept(torch.autograd.Function):
-    """A node that keeps ``x`` as any node would: hooks, such as those of activation checkpointing, see it."""
+    """Saves ``x`` as any autograd node would, seen by saved-tensor hooks (activation checkpointing)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -155,7 +156,7 @@ class _Kept(torch.autograd.Function):
 
 
 def autocast_of_now(x: Tensor) -> AbstractContextManager:
-    """The autocast there is now on the device of ``x``, to be entered later."""
+    """The present autocast on the device of ``x``, as a context to enter later."""
     kind = x.device.type
     if not torch.amp.is_autocast_available(kind):
         return nullcontext()

@@ -29,8 +29,8 @@ class ModuleLayout:
         at: name of the released module; ``{layer}`` is the layer it precedes or follows, ``{block}`` its
             block.
         wraps: the released module holds the layer it precedes as its child ``net``.
-        placement: the placement the released networks have it at.
-        requires: attributes of our module without which it computes something else than the released one.
+        placement: its placement in the released networks.
+        requires: the attributes our module must have to compute the same as the released one.
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
@@ -87,13 +87,13 @@ _LAYOUTS: dict[type[nn.Module] | str, ModuleLayout] = {
 def load_released(model: Model, checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> Model:
     """Fill a model with the weights of a released ACTION-Net, TSM, TSN or TEA checkpoint, in place.
 
-    Every tensor of the model is filled, its classifier included, and every key of the checkpoint used, or
-    nothing is loaded and the error names what does not fit. Batch norms' ``num_batches_tracked`` may be
+    Either every tensor of the model, its classifier included, is filled and every key of the checkpoint used,
+    or nothing is loaded and the error names what does not fit. Batch norms' ``num_batches_tracked`` may be
     absent. Names may start with ``module.`` and ``base_model.``. Where the released networks hold a tensor
     twice (BNInception's ``shift_*.net`` is the next convolution), one is enough; two must be equal.
 
-    A checkpoint does not tell everything: ``n_segment``, ``shift_div`` and, of a TSM, ``causal`` must be what
-    it was trained with, and TSN's and TSM's BNInception have the same keys.
+    Some settings cannot be read from a checkpoint: ``n_segment``, ``shift_div`` and, for TSM, ``causal`` must
+    be what it was trained with. On BNInception, TSN's and TSM's checkpoints have the same keys.
 
     Args:
         model: timm's ``resnet*``, ``res2net50_26w_4s``, ``mobilenetv2_*`` or ``bninception`` with the
@@ -283,14 +283,15 @@ def _tensors(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str
     tensors: dict[str, Tensor] = {}
     for key, value in entries.items():
         if not isinstance(key, str):
-            raise ValueError(f"{source} holds no state dict: {key!r} is no name of a tensor")
+            raise ValueError(f"{source} holds no state dict: {key!r} is not the name of a tensor")
         if not isinstance(value, Tensor):
             raise ValueError(
                 f"{source} holds no state dict: {key!r} is a {type(value).__name__}, not a tensor"
             )
         if not has_values(value):
             raise ValueError(
-                f"{source} has {key!r} as {value.dtype}, {value.layout}, on {value.device}: no plain numbers"
+                f"{source} has {key!r} as {value.dtype}, {value.layout}, on {value.device}: not a dense "
+                "tensor of real numbers"
             )
         name = key.removeprefix("module.").removeprefix("base_model.")
         if name in tensors:
@@ -315,13 +316,13 @@ def _read(path: str) -> Any:
     except pickle.UnpicklingError as error:
         if "unsupported global" in str(error).lower():
             raise ValueError(
-                f"{path} is no checkpoint of tensors alone, and other Python objects are not loaded because "
-                "they can run code. Where you trust the file, pass "
+                f"{path} holds other Python objects than tensors, which are not loaded because they can run "
+                "code. If you trust the file, pass "
                 "torch.load(path, map_location='cpu', weights_only=False)['state_dict'] instead"
             ) from error
-        raise ValueError(f"{path} is no PyTorch checkpoint, or a damaged one") from error
+        raise ValueError(f"{path} is not a PyTorch checkpoint, or is damaged") from error
     except Exception as error:  # torch.load raises whatever the broken bytes led to
-        raise ValueError(f"{path} is no PyTorch checkpoint, or a damaged one: {error!r}") from error
+        raise ValueError(f"{path} is not a PyTorch checkpoint, or is damaged: {error!r}") from error
 
 
 def _complaint(
@@ -350,7 +351,8 @@ def _complaint(
             lines.append(f"{len(keys)} {what}: {', '.join(keys[:5])}{more}")
     if any(name in text for text in problems["of another shape"] for name in ("new_fc", "fc.", "classifier")):
         lines.append(
-            "for another number of classes, create the model with the checkpoint's and reset_head after"
+            "for another number of classes, create the model with the checkpoint's number, load it, and call "
+            "VideoClassifier.reset_head"
         )
     return "; ".join(lines)
 

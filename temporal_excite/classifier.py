@@ -13,9 +13,9 @@ class VideoClassifier(nn.Module):
     """The mean of the frames' logits (TSN's average consensus): ``y = 1/T sum_t model(x)[t]``.
 
     Wang et al., Temporal Segment Networks, ECCV 2016, with dropout before the last linear layer, as released
-    for TSM and ACTION-Net. In evaluation, or with ``dropout=0``, the model is called as it is; in training
-    its ``forward_features``, ``forward_head(pre_logits=True)`` and ``get_classifier()`` are, with the dropout
-    in between (on top of the model's own ``drop_rate``).
+    for TSM and ACTION-Net. In eval mode, or with ``dropout=0``, the model is simply called. In training mode
+    its ``forward_features``, ``forward_head(pre_logits=True)`` and ``get_classifier()`` are called instead,
+    with the dropout before the classifier (on top of the model's own ``drop_rate``).
 
     Args:
         model: a timm CNN, usually injected; gives logits ``(N*T, classes)`` for frames ``(N*T, 3, H, W)``.
@@ -66,7 +66,7 @@ class VideoClassifier(nn.Module):
         segments = self._given_n_segment if found is None else found
         if segments is None:
             raise ValueError(
-                "the model's temporal modules are gone: wrap it again, VideoClassifier(model, n_segment)"
+                "the model no longer holds temporal modules: wrap it again, VideoClassifier(model, n_segment)"
             )
         return segments
 
@@ -93,8 +93,8 @@ class VideoClassifier(nn.Module):
         return head(features)
 
     def reset_head(self, num_classes: int, std: float = 0.001) -> None:
-        """A new last layer (or layers, one of each head) as the released code starts it: weights N(0,
-        ``std``), bias 0.
+        """Replace the last layer (of each head, if there are several) and initialise it as the released code
+        does: weights N(0, ``std``), bias 0.
 
         Raises:
             ValueError: ``num_classes`` is below 1, or the model has no ``reset_classifier``.
@@ -113,8 +113,8 @@ class VideoClassifier(nn.Module):
 
 
 def class_layers(model: nn.Module) -> list[nn.Linear | nn.Conv2d]:
-    """The last layers of a timm model, those that give the classes' logits: one, or one of each of several
-    heads; in a head of several layers the last."""
+    """The layers of a timm model that return the classes' logits: the last linear or convolutional layer of
+    its head, or of each of its heads."""
     layers = []
     for head in _heads(model):
         if isinstance(head, nn.Linear | nn.Conv2d):
@@ -169,7 +169,7 @@ def _agree(given: int | None, held: int | None) -> None:
 
 
 def _cannot_split(model: nn.Module) -> str | None:
-    """Why dropout cannot go before the last linear layer, or None when it can."""
+    """Why dropout cannot be put before the last linear layer; None if it can."""
     for name in ("forward_features", "forward_head", "get_classifier"):
         if not callable(getattr(model, name, None)):
             return f"has no {name}() as timm's models have"

@@ -23,7 +23,7 @@ CONVENTIONS = ("fvcore", "paper")
 
 _ACTIVATIONS = ("relu", "relu6", "hardtanh", "leaky_relu", "elu", "prelu")
 _POOLS = ("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d")
-# those our code uses and fvcore does not know as free
+# operators of our code that do no arithmetic and that fvcore does not list as free
 _REARRANGING = ("unflatten", "pad", "tensor_split", "le", "masked_fill_")
 
 
@@ -87,8 +87,8 @@ def count(
             multiply-accumulate, batch norm 2 per element, adaptive average pooling 1 per input element.
             ``"paper"`` is what ACTION-Net's Tables 3 and 5 hold: also 1 per output of a ReLU, 1 per input
             of any pooling, 1 per output for a bias.
-        fast: count the modules' fast form (docs/performance.md) instead of the published one, which is what
-            the papers' numbers are about.
+        fast: count the modules' fast form (docs/performance.md) instead of the published form, which the
+            papers' numbers are of.
 
     Raises:
         TypeError: ``model`` is not a module, or ``clip_shape`` no sequence.
@@ -155,12 +155,12 @@ def efficiency(delta_flops: float, delta_top1: float) -> float:
         delta_top1: gained Top-1 accuracy in percentage points.
 
     Raises:
-        ValueError: no gain (eta is defined for a gain alone), or a value that is not finite.
+        ValueError: ``delta_top1`` is not above 0 (eta is defined for a gain), or a value is not finite.
     """
     if not (math.isfinite(delta_flops) and math.isfinite(delta_top1)):
         raise ValueError(f"both must be finite, got delta_flops={delta_flops}, delta_top1={delta_top1}")
     if delta_top1 <= 0:
-        raise ValueError(f"eta is the price of a gain in Top-1, but delta_top1={delta_top1} is none")
+        raise ValueError(f"eta is defined for a gain in Top-1 only, got delta_top1={delta_top1}")
     return delta_flops / delta_top1
 
 

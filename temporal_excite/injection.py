@@ -58,8 +58,8 @@ def _module_of(layer: nn.Module) -> Any:
 def _given(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     if not args:
         raise TypeError(
-            f"{type(layer).__name__} is called by keyword: a temporal module works on the first of the "
-            "arguments given by place"
+            f"{type(layer).__name__} is called with keyword arguments alone: a temporal module works on the "
+            "first positional argument"
         )
     return args
 
@@ -86,8 +86,8 @@ class _After(_Hook):
 
 @dataclass(frozen=True)
 class _Watch:
-    """Runs before a block whose module follows a batch norm: conversions of batch norms (to SyncBatchNorm, to
-    a frozen one) make a new layer and drop the old one's hooks."""
+    """Raises before a block runs if the batch norm that its module follows was replaced: conversions (to
+    SyncBatchNorm, to a frozen norm) make a new layer and drop the old one's hooks."""
 
     path: str  # of the batch norm below its block
 
@@ -97,15 +97,15 @@ class _Watch:
             raise RuntimeError(
                 f"{type(layer).__name__} took the place of the batch norm {self.path!r} in "
                 f"{type(block).__name__}, and the temporal module on it no longer runs: "
-                "convert the batch norms first, inject then"
+                "convert batch norms before injecting"
             )
 
 
 def _refuse_fuse(*_: Any, **__: Any) -> nn.Module:
-    """Stands for the ``fuse`` of layers that hold a temporal module, or hold one deeper inside."""
+    """Replaces ``fuse`` on layers that hold a temporal module, or contain a layer that does."""
     raise RuntimeError(
         "re-parameterisation would replace a layer that holds a temporal module and lose the module: "
-        "re-parameterise first and inject then, or eject(model) before"
+        "re-parameterise before injecting, or eject(model) first"
     )
 
 
@@ -166,9 +166,9 @@ class Site:
     """2 to 5 for res2 to res5, from timm's ``feature_info``; None where unknown."""
     module: nn.Module
     note: str = ""
-    """What a reader must know of this site: weights that start anew."""
+    """A remark on this site, such as weights that are newly initialised."""
     state_bytes: int | None = None
-    """Bytes that a stream keeps here between frames, where ``sites`` was told their size."""
+    """Bytes that one stream keeps here between frames; None unless ``sites`` was given ``frame_shape``."""
 
     @property
     def channels(self) -> int | None:
@@ -248,9 +248,9 @@ def inject(
     """Put a temporal module into every residual, inverted-residual or inception block of a model, in place.
 
     The model then takes frames ``(N*T, C, H, W)``, clip after clip, and the T frames of a clip see each
-    other. Its own parameters, state-dict keys and outputs' shape stay; the modules' parameters appear as
-    ``<layer>.temporal.*``, in front of a container of layers as ``<block>.temporal.*``. Everything is decided
-    before the model is touched: after an error it is as before.
+    other. Its own parameters, state-dict keys and output shape stay the same; the modules' parameters are
+    added as ``<layer>.temporal.*`` or, where that layer is a container, ``<block>.temporal.*``. Everything is
+    checked before the model is changed: after an error it is as before.
 
     Args:
         model: a timm model, or any module that holds known blocks.
@@ -314,8 +314,8 @@ def inject(
 
 
 def eject(model: Model) -> Model:
-    """Take all temporal modules out again, in place: keys and outputs are the plain model's. So it does with
-    what is left of them where their layers have been replaced.
+    """Remove all temporal modules, in place: keys and outputs are the plain model's again. What is left of
+    modules whose layers have been replaced is removed too.
 
     Returns:
         The same model.
@@ -365,8 +365,13 @@ def sites(
     Args:
         model: the model.
         skipped: list the blocks without a module instead, each with the reason.
-        frame_shape: ``(3, H, W)`` of the frames a :class:`~temporal_excite.Stream` would take: with the bytes
-            of state it keeps of each stream, of a causal model in eval mode. Runs the model on one frame.
+        frame_shape: ``(3, H, W)``, the size of a stream's frames: also tell the bytes of state that a
+            :class:`~temporal_excite.Stream` keeps at each site, for each stream. The model must be causal and
+            in eval mode; it is run on one frame.
+
+    Raises:
+        ValueError: with ``frame_shape``, a two-sided module or a shape that is not ``(3, H, W)``.
+        RuntimeError: with ``frame_shape``, a model in training mode.
     """
     if skipped:
         return _skipped(model)
@@ -410,7 +415,8 @@ def set_n_segment(model: Model, n_segment: int) -> Model:
 
     Raises:
         RuntimeError: the model holds no temporal modules.
-        ValueError: ``n_segment`` is below 1, or a module's weights fit its own T alone
+        TypeError: ``n_segment`` is not an int.
+        ValueError: ``n_segment`` is below 1, or the size of a module's weights depends on T
             (:class:`~temporal_excite.TEModule`); no module is changed then.
     """
     positive_int("n_segment", n_segment)
@@ -598,8 +604,8 @@ def _attach(model: nn.Module, insertion: Insertion) -> None:
 
 
 class _Children(dict[str, nn.Module | None]):
-    """The children of a module on the way to a site. Dynamo guards on the type of this dict, not on hooks: a
-    plain network, compiled first, would lend its graph to one with modules."""
+    """The children of a module on the way to a site. Dynamo guards on the type of this dict, not on hooks:
+    with a plain dict, the graph compiled for a plain network would be reused for an injected one."""
 
 
 def _hooks(layer: nn.Module) -> list[Callable[..., Any]]:
@@ -608,8 +614,8 @@ def _hooks(layer: nn.Module) -> list[Callable[..., Any]]:
 
 
 def _hook(layer: nn.Module) -> _Hook | None:
-    """The hook that runs the layer's module: the first one. Fusing layers gives a copy of a layer, which has
-    its hooks, those of the layer once more."""
+    """The hook that runs the layer's module: the first one, since fusing copies a layer's hooks to a copy
+    that has them already."""
     for hook in _hooks(layer):
         if isinstance(hook, _Hook):
             return hook
@@ -650,6 +656,6 @@ def _watched(model: nn.Module) -> list[nn.Module]:
 
 
 def _forget_compiled() -> None:
-    """Make compiled models look again: Dynamo does not guard on hooks and would run the old graph."""
+    """Discard compiled graphs: Dynamo does not guard on hooks and would run the old ones."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()

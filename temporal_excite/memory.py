@@ -1,8 +1,8 @@
-"""Memory for results that live for a moment, used again as soon as nothing holds the one before.
+"""Memory for short-lived results, reused as soon as nothing refers to the previous one.
 
-A module's output lives until the next layer has read it, what a backward pass computes again until that has
-used it. Taken from the allocator each time, it is often fresh memory, of which the first touch of every page
-is a fault that costs more than what the module computes.
+A module's output is needed until the next layer has read it, and what a backward pass recomputes until that
+pass has used it. The allocator often serves such requests with fresh memory, and the page faults of its first
+use cost more time than the module's computation.
 """
 
 import threading
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 _LEAST, _MOST = 1 << 20, 64 << 20  # bytes; less is cheap anyway, more is not kept
-_PIECES = 4  # a module's output and what a pass needs beside it; backward, both again and two gradients
+_PIECES = 4  # forward: an output and a temporary tensor; backward: both recomputed, and two gradients
 
 
 class _Piece:
@@ -22,7 +22,7 @@ class _Piece:
 
     memory: memoryview | None = None
     lease: weakref.ref[memoryview] | None = None
-    """What a tensor in ``memory`` holds as long as it, a view of it or an array on it is alive."""
+    """Alive as long as any tensor, view or array uses ``memory``."""
 
     def is_free(self) -> bool:
         return not (self.lease and self.lease())
@@ -40,8 +40,8 @@ _spare = _Spare()
 def empty_like(x: Tensor, *, memory_format: torch.memory_format) -> Tensor:
     """:func:`torch.empty_like`, contiguous or in channels_last.
 
-    On a CPU it may lie in memory that the thread keeps for this, at most four pieces of 64 MiB, and that
-    nothing else uses. Not for what is kept for a backward pass, which keeps that memory too.
+    On a CPU it may use memory that the thread keeps for this purpose, at most four pieces of 64 MiB, and that
+    nothing else uses. Not for tensors saved for a backward pass, which would keep that memory occupied.
     """
     size = x.nbytes
     kept = x.is_cpu and type(x) is Tensor and _LEAST <= size <= _MOST
@@ -57,13 +57,13 @@ def empty_like(x: Tensor, *, memory_format: torch.memory_format) -> Tensor:
 
 
 def result_like(x: Tensor, *, memory_format: torch.memory_format) -> Tensor:
-    """For a result with a gradient: :func:`empty_like` while :func:`recomputing`, else PyTorch's."""
+    """For results with a gradient: :func:`empty_like` while :func:`recomputing`, else PyTorch's."""
     return (empty_like if _spare.recomputing else torch.empty_like)(x, memory_format=memory_format)
 
 
 @contextmanager
 def recomputing() -> Iterator[None]:
-    """While entered, results with a gradient are for a moment too: a backward pass is about to use them."""
+    """A context in which results with a gradient are short-lived too: a backward pass will use them."""
     before, _spare.recomputing = _spare.recomputing, True
     try:
         yield

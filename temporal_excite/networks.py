@@ -42,16 +42,16 @@ def tea(
     """``"tea"`` and, with ``me=False``, ``"mta"``: every block a TEA block (Fig. 3; Fig. 4 c).
 
     On Res2Net blocks all weights stay: temporal convolutions go before the 3x3 convolutions and on the last
-    part, ME behind ``conv1-bn1-relu``. With ``form="text"`` the part that passes is the last one too, the
-    pretrained order, which is Eq. 6 with the parts numbered otherwise. On ResNet's bottlenecks MTA takes
-    the place of ``conv2`` (``bn2`` and the activation stay behind it) and starts anew.
+    part, ME behind ``conv1-bn1-relu``. With ``form="text"`` the part without convolutions is the last one
+    here too, as in the pretrained weights: Eq. 6 with the parts renumbered. On ResNet's bottlenecks a newly
+    initialised MTA replaces ``conv2``; ``bn2`` and the activation stay behind it.
 
     Args:
         blocks: the blocks to change.
         n_segment: T.
         me: with motion excitation.
         reduction: of :class:`~temporal_excite.modules.MotionExcitation`.
-        residual: of the same; ``False`` on ResNet's bottlenecks only.
+        residual: of the same class; ``False`` works on ResNet's bottlenecks only.
         scale: of :class:`~temporal_excite.MTA`; default 4, on Res2Net the block's own.
         form: ``"released"`` or ``"text"``, for both.
         causal: the causal form of all modules.
@@ -135,7 +135,8 @@ def two_plus_one(
         **kwargs: for :class:`~temporal_excite.modules.MotionExcitation` or timm's ``SEModule``.
 
     Raises:
-        ValueError: an unknown ``conv``, or a block has no point behind its first convolution.
+        TypeError: a keyword without ``excite``, which takes none.
+        ValueError: an unknown ``conv`` or ``excite``, or a block has no point behind its first convolution.
     """
     if conv not in TEMPORAL_CONVS:
         raise ValueError(f"unknown conv {conv!r}; known: {', '.join(TEMPORAL_CONVS)}")
@@ -171,10 +172,10 @@ def tefe(
 ) -> list[Insertion]:
     """``"tefe"``: TE in some bottlenecks of a stage, FE in others (section III.C; Table 5).
 
-    TE works on the input of the last 1x1 convolution, behind the 3x3 convolution; FE makes the 3x3
-    convolution ``Conv1 * Conv2``, its weight staying as Conv1's centre tap. In each stage the first blocks
-    get TE, the next ones FE, the rest stay plain: the paper gives the numbers and not the order, and has FE
-    work on what TE extracts.
+    TE works on the input of the last 1x1 convolution, behind the 3x3 convolution. FE turns the 3x3
+    convolution into ``Conv1 * Conv2`` and keeps its weight as Conv1's centre tap. In each stage the first
+    blocks get TE, the next ones FE, and the rest stay plain: the paper gives the numbers but not the order,
+    and says that FE works on what TE extracts.
 
     Args:
         blocks: the blocks to change.
@@ -253,7 +254,7 @@ def _behind_relu(block: Block, part: str, steps: dict[str, nn.Module]) -> Insert
 
 
 def _chain(steps: dict[str, nn.Module]) -> nn.Module:
-    """The steps one after the other; a single step is itself."""
+    """The steps as an ``nn.Sequential``; a single step as it is."""
     if len(steps) == 1:
         return next(iter(steps.values()))
     chain = nn.Sequential()

@@ -18,7 +18,7 @@ _countable = False
 
 @contextmanager
 def countable() -> Iterator[None]:
-    """While it lasts, each function here runs as the operators its cost is known by.
+    """A context in which each function here runs as operators whose cost counters know.
 
     :func:`~temporal_excite.complexity.count` traces a network under it: a temporal convolution written as
     multiplications and additions would look free to a counter of convolutions. Values are the same.
@@ -115,9 +115,9 @@ def _moved(frames: Tensor, n_segment: int, steps: int) -> Tensor:
     """Frame i at i + ``steps``; what arrives from beyond the ends is arbitrary."""
     upper, lower = (slice(k, None) if k > 0 else slice(k) for k in (steps, -steps))
     if traced() and not in_compiler() and abs(steps) > n_segment - 2:
-        # of one clip a single frame moves, or none: copying would ask an exporter whether there are more
+        # with one clip at most one frame moves: a copy would make an exporter ask for the number of clips
         return F.pad(frames, [0, 0] * (frames.ndim - 1) + [max(0, steps), max(0, -steps)])[lower]
-    # a compiler fuses this, other than a concatenation; it allocates, and reads, what is empty
+    # a compiler fuses this, unlike a concatenation; an empty tensor it would allocate and read
     moved = torch.zeros_like(frames) if traced() else torch.empty_like(frames)
     moved[upper] = frames[lower]
     return moved
@@ -172,16 +172,16 @@ def _taps(weight: Tensor, x: Tensor) -> Tensor:
     """``(C, 1, 3)`` or ``(N*T, C, 1, 3)`` as ``(3, 1 or N*T, C, 1, 1)``, to be multiplied with ``x``."""
     taps = weight.reshape(-1, 3).T
     if traced() and x.device.type == "cpu" and not (in_compiler() and len(x) == 1 and x.numel() <= 1 << 17):
-        # A product is contiguous, and computed once; a view the compiler would gather, and what the taps are
-        # made of compute, element by element in its inner loop, which costs less only where the loop is short
+        # A product is contiguous and computed once. Without it the compiler's inner loop would gather the
+        # taps from a view and recompute what they are made of, element by element: cheaper if it is short
         with full_precision(weight):
             taps = torch.eye(3, dtype=weight.dtype, device=weight.device) @ taps
     return taps.unflatten(1, (-1, x.shape[1]))[..., None, None]
 
 
 def apply_taps(frames: list[Tensor], weight: Tensor) -> Tensor:
-    """``y = W[..., 0] frames[0] + W[..., 1] frames[1] + W[..., 2] frames[2]``: a temporal convolution, of the
-    frames that its taps meet.
+    """``y = W[..., 0] frames[0] + W[..., 1] frames[1] + W[..., 2] frames[2]``: a temporal convolution, given
+    the frame for each tap.
 
     Args:
         frames: the three, each ``(N*T, C, H, W)``, or ``(N*T, C)`` for a full convolution.
@@ -326,18 +326,18 @@ def _mean(x: Tensor, dims: tuple[int, ...], count: int, keepdim: bool = False) -
 
 
 def has_hooks(layer: nn.Module) -> bool:
-    """Whether calling a layer does more than its ``forward``; a counter's own hooks do nothing."""
+    """Whether calling a layer does more than its ``forward``; a counter's hooks do not count."""
     hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
     return not _countable and any(map(len, hooks))
 
 
 def read_as_called(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
-    """Whether to read a convolution's weight and compute with it is as good as to call it."""
+    """Whether computing with a convolution's weight is equivalent to calling the convolution."""
     return type(conv) is nn.Conv2d and not has_hooks(conv)
 
 
 def weight_of(layer: nn.Module) -> Tensor:
-    """``layer.weight`` as a call would find it: PyTorch's pruning and older normalisations make it then."""
+    """``layer.weight`` as in a call, in which PyTorch's pruning and older weight norms first compute it."""
     for hook in layer._forward_pre_hooks.values():
         if isinstance(hook, BasePruningMethod | WeightNorm | SpectralNorm):
             hook(layer, ())
@@ -349,8 +349,8 @@ def taps_of(conv: nn.Module) -> Tensor:
     """The weight of a temporal convolution that is never called, ``(C_out, C, 3)``."""
     if type(conv) is not nn.Conv1d and not is_parametrized(conv):
         raise TypeError(
-            f"{type(conv).__name__} took the place of a temporal convolution, of which only the weight is "
-            "used: change that by torch.nn.utils.parametrize"
+            f"{type(conv).__name__} took the place of a temporal convolution, which is never called: only "
+            "its weight is used; change that with torch.nn.utils.parametrize"
         )
     return weight_of(conv)
 
@@ -387,16 +387,16 @@ def conv_to_one(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _written_out(x: Tensor) -> bool:
-    """Whether to write a small product as a sum: a compiler fuses it with what is around it, and has it in
-    less time than the call of a product or convolution takes."""
+    """Whether to write a small product as a sum: a compiler fuses that with the operations around it, which
+    takes less time than calling a product or convolution."""
     return in_compiler() and x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 def squeeze(conv: nn.Module, x: Tensor) -> Tensor:
     """A 1x1 convolution to few channels of maps ``(N, C, H, W)``.
 
-    On a CPU the gradient of PyTorch's, of contiguous maps, goes through two copies of ``x``; here each frame
-    is a matrix product.
+    On a CPU the gradient of PyTorch's convolution of contiguous maps makes two copies of ``x``; here each
+    frame is a matrix product.
     """
     by_frame = x.device.type == "cpu" and x.is_contiguous() and not traced() and not _countable
     if not by_frame or not read_as_called(conv) or conv.bias is not None:
@@ -410,7 +410,7 @@ def squeeze_by_frame(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def autocast_dtype(kind: str) -> torch.dtype | None:
-    """The dtype of the autocast there is now on devices of that kind, or None."""
+    """The dtype of the present autocast on devices of type ``kind``; None without autocast."""
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None

@@ -38,7 +38,7 @@ def recompute(method: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     The module's batch norms' running statistics move once.
     """
     module: nn.Module = method.__self__  # type: ignore[attr-defined]
-    # in a step of a stream the past is at hand only now
+    # the past of a stream can be read during its step only, not in a backward pass
     if traced() or not torch.is_grad_enabled() or past.current():
         return method(x)
     parameters = [p for p in _parameters(module) if p.requires_grad]
@@ -68,14 +68,14 @@ class _Recompute(torch.autograd.Function):
 
 
 def _recomputed(node: Any) -> tuple[list[Tensor], Tensor]:
-    """Inputs and output of a :class:`_Recompute`, with the graph between; once in a backward pass, whoever
-    asks first."""
+    """Inputs and output of a :class:`_Recompute`, with the graph between them; computed once in a backward
+    pass, for whoever asks first."""
     plain = _out_of_place()
     if node.recomputed is None or node.recomputed[0] != plain:
         given = *node.saved_tensors, *node.parameters
         momentary = nullcontext() if plain else memory.recomputing()
         with torch.enable_grad(), node.autocast, momentary:
-            # others in their place: the hooks of these are for the gradient as a whole, and run once
+            # stand-ins: the hooks of the originals belong to the whole gradient and must run once
             inputs = [t.view_as(t) if plain else t.detach().requires_grad_(t.requires_grad) for t in given]
             module = node.module.again(dict(zip(given[1:], inputs[1:], strict=True)))
             node.recomputed = plain, inputs, node.function(module, inputs[0])
@@ -97,8 +97,8 @@ _REPEATABLE = nn.Conv1d, nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity
 
 
 def _repeats(module: nn.Module) -> bool:
-    """Whether a copy's run gives the same, and nobody notices it: all parts are known, without hooks, and
-    hold nothing of others' making, such as FSDP's views of its parameters or a method bound to them."""
+    """Whether running a copy gives the same result without side effects: all parts are of known classes, have
+    no hooks, and hold nothing that others attached, such as FSDP's parameter views or replaced methods."""
     for part in module.modules():
         kind, own = type(part), _own_parameters(part)
         known = kind in _REPEATABLE or kind.__module__.startswith(f"{__package__}.")
@@ -112,21 +112,21 @@ def _repeats(module: nn.Module) -> bool:
 
 
 class _AsItWas:
-    """A module as it is when this is made: its parts, parameters, mode and options."""
+    """A snapshot of a module: its parts, parameters, mode and options."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = _copy(module, {})
         self.versions = [(p, p._version) for p in module.parameters()]
 
     def again(self, instead: Mapping[Tensor, Tensor]) -> nn.Module:
-        """To be run once more, with other tensors ``instead`` of some of the parameters."""
+        """A copy to run once more, with other tensors ``instead`` of some parameters."""
         for parameter, version in self.versions:
             check_version(parameter, version)
         return _copy(self.module, instead)
 
 
 def _copy(module: nn.Module, instead: Mapping[Tensor, Tensor]) -> nn.Module:
-    """A copy that shares all tensors but those; batch norms in training move no statistics."""
+    """A copy that shares all tensors but those; batch norms in training do not update their statistics."""
     copy: nn.Module = module.__new__(type(module))
     own = copy.__dict__
     own.update(module.__dict__)
@@ -140,8 +140,8 @@ def _copy(module: nn.Module, instead: Mapping[Tensor, Tensor]) -> nn.Module:
 
 
 def lent(x: Tensor, y: Tensor) -> Tensor:
-    """``y``, made of ``x`` by a temporal module, for the layer behind: its convolution keeps for backward how
-    to compute it again, and not ``y``. Where it is not known how ``y`` was made, ``y`` itself."""
+    """``y``, computed from ``x`` by a temporal module, as the input of the next layer, whose convolution then
+    saves how to recompute ``y`` instead of ``y``. Where that is not known, ``y`` itself."""
     if traced() or not (needs_grad(y) and _is_real(y)):
         return y
     node: Any = y.grad_fn
@@ -159,7 +159,7 @@ def lent(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _noted(y: Tensor, again: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """``y``, for :func:`lent`: its node knows the version that it made, and how to make it ``again``."""
+    """``y``; its node then holds, for :func:`lent`, the version of ``y`` and how to compute it ``again``."""
     node: Any = y.grad_fn
     node.version = y._version
     if again:
@@ -172,7 +172,7 @@ def _output_of(node: Any) -> Tensor:
 
 
 def lent_by_norm(norm: nn.Module, x: Tensor, y: Tensor) -> None:
-    """What :func:`sparing` keeps of ``y = norm(x)`` is how to compute it again."""
+    """Let :func:`sparing` save how to recompute ``y = norm(x)`` instead of ``y``."""
     if traced() or type(norm) is not nn.BatchNorm2d or not (needs_grad(x) and _is_real(y)):
         return
     if len(norm._forward_hooks) == 1 and not norm._forward_pre_hooks:  # but for the hook that asks
@@ -180,13 +180,13 @@ def lent_by_norm(norm: nn.Module, x: Tensor, y: Tensor) -> None:
 
 
 def sparing(y: Tensor) -> AbstractContextManager:
-    """While entered, ``y`` is not kept for backward if it can be computed again. For one operation."""
+    """A context, for one operation, in which ``y`` is not saved for backward if it can be recomputed."""
     again = None if traced() else Again.of(y)
     return again.instead_of(y) if again else nullcontext()
 
 
 class ReLU(nn.ReLU):
-    """A ReLU in place, whose result :func:`sparing` can spare like its input."""
+    """An in-place ReLU, whose result :func:`sparing` can recompute if it can recompute its input."""
 
     def __init__(self) -> None:
         super().__init__(inplace=True)
@@ -280,8 +280,8 @@ def _taps_of_frames(weight: Tensor, channels: int) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _pixels_of_line(size: int, channels: int) -> int:
-    """How many of ``size`` pixels to multiply at a time: of one alone a loop would be short, and the taps of
-    many would not stay in the fastest cache."""
+    """How many of ``size`` pixels to multiply at a time: with one the loops would be short, with many the
+    repeated taps would not stay in the fastest cache."""
     return max(k for k in range(1, max(1, _LINE // channels) + 1) if size % k == 0)
 
 
@@ -334,7 +334,7 @@ def _terms(
     """For :func:`_sums_of_rows`: where the terms of each sum start, of which rows, with which taps."""
     with torch.inference_mode(False), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.sparse_csr_tensor([0, 0], [], [], (1, 1), device="cpu")  # the first one warns of its beta state
+        torch.sparse_csr_tensor([0, 0], [], [], (1, 1), device="cpu")  # the first one warns: in beta
         frame = torch.arange(frames, dtype=torch.int32, device="cpu").view(-1, 1, 1)
         channel = torch.arange(channels, dtype=torch.int32, device="cpu").view(-1, 1)
         tap, ahead = torch.tensor(list(_steps(offset)), dtype=torch.int32, device="cpu").T
@@ -370,7 +370,8 @@ class _TemporalConv(torch.autograd.Function):
 
 
 def _adjoint(weight: Tensor, n_segment: int, offset: int) -> Tensor:
-    """Taps in reverse order; where each frame has its own, those by which it went to others."""
+    """The weight of the adjoint convolution: taps in reverse order; where each frame has its own taps, those
+    by which it contributed to other frames."""
     if weight.ndim == 3:
         return weight.flip(-1)
     taps = [following(weight[..., k], n_segment, -d) for k, d in _steps(offset)]
@@ -383,7 +384,7 @@ def _steps(offset: int) -> Iterator[tuple[int, int]]:
 
 
 def _meeting(n_segment: int, ahead: int) -> tuple[int, int]:
-    """From which frame of a clip on, and up to which, a tap so far ahead meets one."""
+    """The frames [first, last) of a clip whose tap, ``ahead`` frames further on, is inside the clip."""
     return min(n_segment, max(0, -ahead)), max(0, n_segment - max(0, ahead))
 
 
@@ -472,13 +473,13 @@ def _sums_of_products(grad: Tensor, y: Tensor, gates: Sequence[Tensor]) -> list[
 
 
 def has_excite(x: Tensor, squeeze: nn.Module) -> bool:
-    """Whether :func:`excite` takes ``x``: for a gradient, in the precision of the parameters."""
+    """Whether :func:`excite` applies: a gradient is wanted and ``x`` has the precision of the parameters."""
     return (
         _is_real(x)
         and read_as_called(squeeze)
         and squeeze.bias is None
         and x.dtype == squeeze.weight.dtype
-        and x.dtype in (torch.float32, torch.float64)  # in fewer bits a quotient would show
+        and x.dtype in (torch.float32, torch.float64)  # in lower precision the quotient's error would show
         and ops.autocast_dtype(x.device.type) is None
         and not traced()
         and needs_grad(x, squeeze.weight)
@@ -488,14 +489,14 @@ def has_excite(x: Tensor, squeeze: nn.Module) -> bool:
 def excite(x: Tensor, weight: Tensor, gate_of: Callable[[Tensor], Tensor]) -> Tensor:
     """``y = x * gate_of(squeeze(x))``, the squeeze a 1x1 convolution, the gate ``(N*T, C, 1, 1)``.
 
-    Keeps ``y`` for backward, as the layer behind does, and not ``x = y / gate``. So the gate must stay away
-    from zero, be positive, and ``x`` be a ReLU's result, of which that keeps no more than the sign.
+    Saves ``y`` for backward, as the next layer does anyway, instead of ``x = y / gate``. So the gate must be
+    positive and bounded away from zero, and ``x`` the result of a ReLU, whose gradient needs its sign alone.
     """
     ends: list[Tensor] = []
     squeezed, same = _Squeeze.apply(x, weight, ends)
     y: Tensor = _Excite.apply(same, gate_of(squeezed), ends)
     if again := Again.of(x):
-        # detached: with y's node, which leads to the layer that keeps this, it would be a circle
+        # detached: y's own node leads to the layer that saves this, a reference cycle
         again.replaced(computing(lambda y: y, y.detach().requires_grad_()))
     return y
 
@@ -537,14 +538,14 @@ class _Excite(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         y, factor = ctx.saved_tensors
-        # with their nodes they would be a circle, if the squeeze's backward pass never comes
+        # attached to their nodes they would be a reference cycle if the squeeze's backward never runs
         ctx.ends[:] = (y, factor) if torch.is_grad_enabled() else (y.detach(), factor.detach())
         (sums,) = _sums_of_products(grad, y, [factor])
         return gate(grad, factor), sums / factor, None
 
 
 def rectified(y: Tensor) -> Tensor:
-    """``y``, nowhere negative, for a ReLU in place alone, which then has nothing to do."""
+    """``y``, nowhere negative, marked so that the in-place ReLU that must follow it does nothing."""
     if traced() or not _is_real(y):
         return y
     given = y.as_subclass(Input)
@@ -644,13 +645,13 @@ def needs_grad(*tensors: Tensor) -> bool:
 
 
 def _out_of_place() -> bool:
-    """Whether a backward pass must compute by plain operations: a graph of the gradient is wanted, or many
-    gradients at a time."""
+    """Whether a backward pass must use plain operations: the gradient itself is to be differentiated, or the
+    backward pass is traced or vectorised."""
     return torch.is_grad_enabled() or traced()
 
 
 def _is_real(x: Tensor) -> bool:
-    """Whether this is memory with values, and no stand-in."""
+    """Whether this is a plain tensor with data: no subclass, no meta tensor."""
     return type(x) is Tensor and not x.is_meta
 
 
@@ -667,7 +668,7 @@ def _per_block(x: Tensor, dim: int) -> int:
     """How much of a dimension a pass takes at a time: on a CPU what stays in cache, elsewhere all.
 
     No blocks of single frames: threads would share each, where one operation on all frames gives each thread
-    frames of its own. What another core has in its cache is far, above all to write to.
+    frames of its own. Data in another core's cache is slow to reach, above all to write.
     """
     size = x.shape[dim]
     return max(1, size * _BLOCK // max(1, x.nbytes) if x.device.type == "cpu" else size)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from .ops import positive_int, traced
 
 CHANGED = (
-    "other modules ran in this step than those the state is of: make a new Stream after inject, eject or any "
-    "other change of the network"
+    "the modules that ran in this step are not those the state was made for: make a new Stream after inject, "
+    "eject or any other change of the network"
 )
 
 
@@ -24,10 +24,10 @@ class Step:
     """One frame of each stream; while entered, :func:`current` in this thread.
 
     Args:
-        names: of each module that may ask for a past.
-        state: what the step before left.
-        copied: keys of tensors to keep, and to hand out, as copies (see :meth:`changed`).
-        blank: ``state`` holds no past, which is zero: to learn what modules keep.
+        names: the name of each module that may ask for its past.
+        state: what the previous step left.
+        copied: keys of tensors to store and to hand out as copies (see :meth:`changed`).
+        blank: a trial run to learn what the modules keep: the past is zero and not in ``state``.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Step:
             raise RuntimeError(CHANGED)
 
     def past(self, module: nn.Module, x: Tensor, steps: int, name: str) -> list[Tensor]:
-        """``x`` of 1 to ``steps`` frames ago, and ``x`` itself into what the step leaves."""
+        """``x`` of 1 to ``steps`` frames ago; ``x`` itself is stored in :attr:`left`."""
         prefix = f"{self.names[module]}.{name}.".lstrip(".")
         if prefix + "1" in self.left:
             raise RuntimeError(
@@ -77,8 +77,8 @@ class Step:
         return past
 
     def changed(self, frames: Tensor) -> frozenset[str]:
-        """Of a ``blank`` step that is over, the keys of tensors that are not the state's own: the network has
-        changed since what it kept or was handed as these, or they are the caller's ``frames``."""
+        """After a ``blank`` step, the keys of tensors that must be copied: the network modified them in place
+        after they were stored or handed out, or they share memory with the caller's ``frames``."""
         own = frames.untyped_storage().data_ptr()
         return frozenset(
             key
@@ -87,7 +87,7 @@ class Step:
         )
 
     def _kept(self, key: str, x: Tensor) -> Tensor:
-        """``x``, without the memory around it where it is a part of a larger tensor."""
+        """``x``, or a copy: where one is needed, and where ``x`` would keep the memory of a larger tensor."""
         if self.blank:
             self._watch(key, x)
         if key in self.copied:
@@ -153,5 +153,5 @@ _local = _Local()
 
 
 def current() -> Step | None:
-    """The step this thread is in, or None: modules are on whole clips."""
+    """The step this thread is in; None while modules work on whole clips."""
     return _local.step

@@ -73,8 +73,8 @@ class Stream:
             )
         if hasattr(model, "_orig_mod"):
             raise TypeError(
-                "the model is compiled, which knows nothing of steps: Stream(model) of the plain one, then "
-                "stream.module.compile()"
+                "the model is compiled, and a compiled graph cannot run in steps: make the Stream from the "
+                "plain model, then call stream.module.compile()"
             )
         if window is not None:
             positive_int("window", window)
@@ -88,7 +88,7 @@ class Stream:
         self.module = StreamStep(model, window)
         """The step as an ``nn.Module``, ``(frames, state) -> (logits, state)``, without the checks: what to
         compile (``stream.module.compile()``, then use the stream as before) or export."""
-        # found once: a search in each step, with none of it in the caches by then, shows in the latency
+        # found once: a search of all modules in each step, from cold caches, would show in the latency
         owned = ((m._parameters, name) for m in model.modules() for name in m._parameters)
         self._first = next(((own, name) for own, name in owned if own[name] is not None), None)
         self._modal = [m for m in model.modules() if isinstance(m, _NormBase) or "Drop" in type(m).__name__]
@@ -97,9 +97,9 @@ class Stream:
         self._own_shape = torch.Size()
 
     def __call__(self, frames: Tensor) -> StreamOutput:
-        """One frame of each stream; the first call says how many there are, and of which size.
+        """One frame of each stream; the first call sets the number of streams and the size of the frames.
 
-        Raises as :meth:`step`; :meth:`reset` lets the next call begin anew.
+        Raises what :meth:`step` raises; after :meth:`reset` the next call is a first one.
         """
         self._check_frames(frames)
         if self._own is None:
@@ -154,7 +154,7 @@ class Stream:
     @overload
     def reset(self, state: Mapping[str, Tensor], index: Index | None = None) -> State: ...
     def reset(self, state: Mapping[str, Tensor] | None = None, index: Index | None = None) -> State | None:
-        """Let streams start anew: ``state`` with their rows zero, as a new dict.
+        """Start streams anew: a new dict of ``state`` with their rows set to zero.
 
         Args:
             state: of :meth:`step`; None: the state that ``stream(frames)`` keeps.
@@ -187,8 +187,8 @@ class Stream:
         blanks, batch = self._blanks(tuple(frames.shape[1:])), len(frames)
         if state.keys() != blanks.keys():
             raise ValueError(
-                f"not a state of this model and window: it lacks {_some(blanks.keys() - state.keys())}, and "
-                f"{_some(state.keys() - blanks.keys())} is foreign; begin with initial_state({batch})"
+                f"not a state of this model and window; missing: {_some(blanks.keys() - state.keys())}; "
+                f"unknown: {_some(state.keys() - blanks.keys())}; begin with initial_state({batch})"
             )
         for key, (shape, dtype, device) in blanks.kinds(batch).items():
             value = state[key]

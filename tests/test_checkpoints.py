@@ -424,16 +424,16 @@ def test_files_that_are_no_checkpoints(tmp_path):
     torch.save(state(), whole)
     truncated = tmp_path / "truncated.pth"
     truncated.write_bytes(whole.read_bytes()[:100_000])
-    assert_refused(model, truncated, "truncated.pth is no PyTorch checkpoint, or a damaged one")
+    assert_refused(model, truncated, "truncated.pth is not a PyTorch checkpoint, or is damaged")
     text = tmp_path / "text.pth"
     text.write_text("not a checkpoint")
-    assert_refused(model, text, "text.pth is no ")
+    assert_refused(model, text, "text.pth is not a PyTorch checkpoint")
     empty = tmp_path / "empty.pth"
     empty.touch()
-    assert_refused(model, empty, "empty.pth is no PyTorch checkpoint")
+    assert_refused(model, empty, "empty.pth is not a PyTorch checkpoint")
     objects = tmp_path / "objects.pth"
     torch.save({"state_dict": state(), "model": nn.Linear(1, 1)}, objects)
-    assert_refused(model, objects, "other Python objects are not loaded because they can run code")
+    assert_refused(model, objects, "which are not loaded because they can run code")
     listed = tmp_path / "list.pth"
     torch.save([torch.zeros(1)], listed)
     assert_refused(model, listed, "list.pth must hold a dict, it holds a list")
@@ -446,7 +446,7 @@ def test_files_that_are_no_checkpoints(tmp_path):
         ({}, "holds no tensors", ValueError),
         ({"state_dict": {}}, "holds no tensors", ValueError),
         ({"lr": 0.1}, "'lr' is a float, not a tensor", ValueError),
-        ({3: torch.zeros(1)}, "3 is no name of a tensor", ValueError),
+        ({3: torch.zeros(1)}, "3 is not the name of a tensor", ValueError),
         ({"state_dict": [1]}, "state_dict is a list", ValueError),
         ({"a": torch.zeros(1), "module.a": torch.zeros(1)}, "holds 'a' twice", ValueError),
         (7, "must be a path or a dict, got int", TypeError),
@@ -530,6 +530,6 @@ def test_tensors_without_numbers(change):
 def test_downloads_that_failed(tmp_path, text):
     path = tmp_path / "x.pth"
     path.write_text(text)
-    with pytest.raises(ValueError, match="no PyTorch checkpoint, or a damaged one") as caught:
+    with pytest.raises(ValueError, match="not a PyTorch checkpoint, or is damaged") as caught:
         te.load_released(timm.create_model("resnet18"), path)
     assert "weights_only" not in str(caught.value)

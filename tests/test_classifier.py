@@ -73,7 +73,7 @@ def test_n_segment_is_never_stale():
         video(clips())
     te.set_n_segment(video, 4)
     te.eject(video)
-    with pytest.raises(ValueError, match="gone"):
+    with pytest.raises(ValueError, match="no longer holds temporal modules"):
         video(clips())
 
 

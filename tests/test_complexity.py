@@ -218,7 +218,7 @@ def test_efficiency():
     assert te.efficiency(100 * (34.75 / 33 - 1), 2.7) == pytest.approx(1.96, abs=0.005)
     assert te.efficiency(-1, 2) == -0.5
     for gain in (0, -0.1):
-        with pytest.raises(ValueError, match=f"delta_top1={gain} is none"):
+        with pytest.raises(ValueError, match=f"got delta_top1={gain}"):
             te.efficiency(5.3, gain)
     for pair in ((math.nan, 1), (1, math.inf)):
         with pytest.raises(ValueError, match="must be finite"):

@@ -355,7 +355,7 @@ def test_container_never_holds_the_child(my_hosts):
         assert twin[0].conv.temporal is twin[0].temporal and not torch.equal(twin(x), model(x))
     te.eject(model)
     assert not hasattr(model[0].conv, "temporal") and not hasattr(model[0], "temporal")
-    with pytest.raises(ValueError, match="is a container whose children all run"):
+    with pytest.raises(ValueError, match="is a container that runs all its children"):
         te.inject(nn.Sequential(Mixed(8)), "shift", 2)
 
 

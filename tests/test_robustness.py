@@ -70,7 +70,7 @@ def test_survives(family):
     if len(te.sites(converted)) == len(paths):
         assert same(converted(x), expected)
     else:  # a module on a batch norm itself went with it, and that is said
-        with pytest.raises(RuntimeError, match="convert the batch norms first"):
+        with pytest.raises(RuntimeError, match="convert batch norms before injecting"):
             converted(x)
     model.reset_classifier(7)
     assert model(x).shape == (2 * T, 7) and [s.layer for s in te.sites(model)] == paths

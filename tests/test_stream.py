@@ -446,10 +446,10 @@ def test_bad_steps_leave_the_state_alone():
         (x.to("meta"), state, "frames are on meta, the model is on cpu"),
         (x, {k: v.float() for k, v in state.items()}, "is torch.float32 on cpu, and needs to be torch"),
         (x, meta, "on meta, and needs to be torch.int64 on cpu"),
-        (x, {k: v for k, v in state.items() if k != "frames"}, "it lacks frames, and nothing is foreign"),
-        (x, other, "not a state of this model and window: it lacks .* more, and .* foreign"),
+        (x, {k: v for k, v in state.items() if k != "frames"}, "missing: frames; unknown: nothing"),
+        (x, other, "not a state of this model and window; missing: .* more; unknown: .*"),
         (x, wide, r"state\['recent'\] of shape \(2, 3, 4\), got \(2, 4, 4\)"),
-        (x, {}, "it lacks .*initial_state"),
+        (x, {}, "missing: .*initial_state"),
     ]
     before = {k: v.clone() for k, v in state.items()}
     for bad, given_state, message in cases:

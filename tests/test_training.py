@@ -915,7 +915,7 @@ def test_what_lies_beside_videos(tmp_path, caplog):
     records, labels = load_records(tmp_path, "folder", "train")
     assert labels == ["clap"] and [r.path.name for r in records] == ["a.MTS", "b.3gp", "clap"]
     (warning,) = caplog.messages
-    assert warning.endswith("3 files left out, which are no videos by their ending: .txt, Makefile")
+    assert warning.endswith("3 files left out, whose endings are not those of videos: .txt, Makefile")
     (tmp_path / "train" / "wave").mkdir()
     with pytest.raises(ValueError, match="train: no videos in the class folder 'wave': remove it"):
         load_records(tmp_path, "folder", "train")

@@ -129,8 +129,8 @@ class Block:
         while isinstance(module := self.module.get_submodule(path), _CONTAINERS):
             if not path:
                 raise ValueError(
-                    f"{type(self.module).__name__} ({self.name}) is a container whose children all run: "
-                    "no temporal module can hang on it; register the blocks inside it"
+                    f"{type(self.module).__name__} ({self.name}) is a container that runs all its children: "
+                    "no temporal module can be its child; register the blocks inside it"
                 )
             path = path.rpartition(".")[0]
         return path, module
@@ -202,7 +202,7 @@ def register_host(
         loc3: after the second.
         loc4: before the addition.
         live: the attribute that tells whether a block has a shortcut (``"!name"`` negates); None: always.
-        tokens: an attribute (dotted) blocks have that work on tokens ``(B, N, C)``; they are skipped.
+        tokens: an attribute (dotted) of blocks that work on tokens ``(B, N, C)``; those are skipped.
         nhwc: the blocks work on ``(B, H, W, C)``.
 
     Raises:
@@ -240,7 +240,7 @@ def known_hosts() -> dict[str, Host]:
 
 
 def host_of(module: nn.Module) -> Host | None:
-    """What is known of a module's class, or None; a flat network has lost its class."""
+    """The host of a module's class, or None; a flat network, which has lost its class, is recognised too."""
     for cls in type(module).__mro__:
         if host := _HOSTS.get(_path(cls)):
             return host

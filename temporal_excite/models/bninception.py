@@ -18,7 +18,7 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from torch import Tensor, nn
 
 # block: (1x1; 3x3 reduce, 3x3; double 3x3 reduce, its two 3x3; pool projection, pool), the paper's Figure 5.
-# Blocks without 1x1 halve the resolution and hand the pooled input on.
+# Blocks without 1x1 halve the resolution; their pool branch is the pooled input.
 _BLOCKS = {
     "inception_3a": (64, (64, 64), (64, 96), 32, "avg"),
     "inception_3b": (64, (64, 96), (64, 96), 64, "avg"),
@@ -117,8 +117,8 @@ class InceptionBlock(nn.Module):
 class BNInception(nn.Module):
     """BNInception with timm's interface.
 
-    The released networks were trained on 224x224 frames in the channel order B, G, R; other sizes work, also
-    such that are no multiple of 32. Blocks are ``inception_3a`` .. ``inception_5b``; in ``feature_info`` a
+    The released networks were trained on 224x224 frames in the channel order B, G, R; other sizes work, even
+    if they are no multiple of 32. Blocks are ``inception_3a`` .. ``inception_5b``; in ``feature_info`` a
     block that halves the resolution (3c, 4e) opens the next stage, as in timm's ResNets.
 
     Args:

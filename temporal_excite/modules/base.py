@@ -27,6 +27,7 @@ class TemporalModule(nn.Module):
     as published (see :func:`~temporal_excite.set_fast`)."""
 
     causal: bool = False
+    """Whether the output at frame t depends on frames up to t alone."""
 
     def __init__(self, channels: int, n_segment: int = 8, *, causal: bool = False) -> None:
         super().__init__()
@@ -73,15 +74,15 @@ class TemporalModule(nn.Module):
 
 
 def is_causal(module: nn.Module) -> bool:
-    """Whether a module at a site, with all its parts that know clips, never looks ahead."""
+    """Whether a module, with all its parts that work on clips, never looks ahead."""
     parts = [m for m in module.modules() if hasattr(m, "causal") or hasattr(m, "n_segment")]
     return bool(parts) and all(getattr(part, "causal", False) is True for part in parts)
 
 
 def set_fast(model: Model, fast: bool) -> Model:
-    """Let every temporal module of a model compute by its fast form, or step by step as published; in place.
+    """Make every temporal module of a model use its fast form, or the published form step by step; in place.
 
-    Both give the same result up to rounding. Modules start fast.
+    Both give the same result up to rounding. The fast form is the default.
 
     Returns:
         The same model.

@@ -31,7 +31,7 @@ class TEModule(TemporalModule):
       T -> 2 T -> 3 (Eq. 5), and ``y[t] = q0 x0[t-1] + q1 x0[t] + q2 x0[t+1]`` per clip and channel, zero
       beyond the clip's ends (Eq. 6).
 
-    The paper gives neither the width between the linear layers (2 T is that of the like branch in TANet, Liu
+    The paper gives neither the width between the linear layers (2 T is that of a similar branch in TANet, Liu
     et al., ICCV 2021) nor any activation or bias; there is none here. ``relu=True`` puts a ReLU between the
     linear layers, as TANet has, without which the two are one linear map of rank 3.
 
@@ -41,8 +41,8 @@ class TEModule(TemporalModule):
 
     Args:
         channels: C.
-        n_segment: T. The linear layers have this size: it cannot change later, unless causal, where T stays
-            the length of the past that a kernel comes from and clips may have any length.
+        n_segment: T, the size of the linear layers. It cannot change later, except in the causal form, where
+            clips may have any length and this T stays the number of frames a kernel is computed from.
         reduction: r of the short-term branch, to ``max(1, C // reduction)`` channels.
         relu: a ReLU between the two linear layers.
         causal: the causal form.
@@ -199,7 +199,7 @@ class FEModule(TemporalModule):
 
     @classmethod
     def around(cls, conv: nn.Conv2d, n_segment: int = 8, *, causal: bool = False) -> "FEModule":
-        """The module that makes an FE module of ``conv``: call it as ``module(x, conv(x))``.
+        """An FE module whose Conv1 has ``conv`` as its centre tap: call it as ``module(x, conv(x))``.
 
         Stride, padding, dilation and groups are those of ``conv``.
         """
@@ -217,10 +217,15 @@ class FEModule(TemporalModule):
         nn.init.ones_(center.bias)
 
     def forward(self, x: Tensor, now: Tensor | None = None) -> Tensor:
-        """
+        """``Conv1(x) * Conv2(x)``.
+
         Args:
             x: ``(N*T, C, H, W)``.
-            now: what Conv1's centre tap gives, where the module was made by :meth:`around`; else None.
+            now: the output of Conv1's centre tap if the module was made by :meth:`around`; else None.
+
+        Raises:
+            TypeError: ``now`` is missing, or given to a module with a centre tap of its own.
+            ValueError: ``x`` has another shape.
         """
         self.check(x)
         if (now is None) == (self.conv1.center is None):

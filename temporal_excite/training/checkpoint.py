@@ -196,7 +196,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not all(isinstance(content[key], kind) for key, kind in kinds.items()) or not all(
         isinstance(value, Tensor) for value in content["state_dict"].values()
     ):
-        raise CheckpointError(f"{path} is no readable checkpoint: other values than save_checkpoint writes")
+        raise CheckpointError(f"{path} is no readable checkpoint: save_checkpoint did not write these values")
     if content["format"] > FORMAT:
         raise CheckpointError(f"{path} has format {content['format']}, this version reads up to {FORMAT}")
     content["config"] = ModelConfig.from_dict(content["config"])

@@ -130,7 +130,7 @@ def _class_folders(folder: Path, labels: Sequence[str] | str | Path | None) -> t
     if others:
         endings = ", ".join(sorted(set(others)))
         logger.warning(
-            "%s: %d files left out, which are no videos by their ending: %s", folder, len(others), endings
+            "%s: %d files left out, whose endings are not those of videos: %s", folder, len(others), endings
         )
     if not records:
         raise ValueError(f"{folder}: no videos in its {len(classes)} class folders")

@@ -170,8 +170,8 @@ def ignore_sigterm(_: int) -> None:
 
 
 def let_go(error: BaseException) -> None:
-    """Empty the frames an error came through. What they hold would keep a DataLoader's workers, for which the
-    interpreter's end waits, and which ignore the SIGTERM it sends."""
+    """Clear the stack frames of an error. Their variables would keep a DataLoader's workers alive, which
+    ignore the SIGTERM that the interpreter sends at exit, and for which it would wait."""
     traceback.clear_frames(error.__traceback__)
 
 

@@ -53,7 +53,7 @@ class RunOptions:
     sync_bn: bool = False
     """Batch statistics over all processes (CUDA only)."""
     save_every: int = 0
-    """Also save after so many optimiser steps; 0: only after each epoch."""
+    """Optimiser steps between two saves within an epoch; 0: save only after each epoch."""
     log_every: int = 10
     """Optimiser steps between two lines of the log."""
     evaluate_every: int = 1

@@ -152,7 +152,7 @@ def video_scores(model: nn.Module, clips: Tensor, limit: int | None = None) -> T
 def finite(scores: Tensor) -> Tensor:
     """``scores``, or a ``FloatingPointError`` where one is not finite."""
     if not scores.isfinite().all():
-        raise FloatingPointError("the network gives scores that are not finite: its training has diverged")
+        raise FloatingPointError("the network's scores are not finite: its training has diverged")
     return scores
 
 
@@ -175,10 +175,14 @@ def evaluate(
             ``on_error="skip"``) are left out and counted.
         labels: class names.
         batch_size: clips in one pass.
-        views: clips of each video; of more, fewer videos are read at a time.
+        views: clips of each video; the more there are, the fewer videos are read at a time.
         workers: processes that read videos.
         world: as :func:`~temporal_excite.training.join_world` gives it.
         progress: show a bar.
+
+    Raises:
+        ValueError: ``batch_size`` is below 1, the data set is empty, or none of its videos could be read.
+        FloatingPointError: the model's scores are not finite.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")

@@ -1,4 +1,4 @@
-"""Parameter groups as the released code has them, the learning rate's course, frozen batch normalisation."""
+"""Parameter groups as in the released code, the learning-rate schedule, frozen batch normalisation."""
 
 from typing import Any
 

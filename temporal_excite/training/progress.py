@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: a progress bar, a log of JSON lines, TensorBoard."""
+"""Progress of a run: a bar, a log of JSON lines, TensorBoard."""
 
 import json
 import os
@@ -95,8 +95,8 @@ def read_log(folder: str | Path, kind: str | None = None) -> list[dict[str, Any]
 
 
 def forget_after(folder: Path, step: int, epoch: int) -> None:
-    """Drop the lines of steps later than the checkpoint a run goes on from, and of epochs that are not closed
-    in it (``epoch`` is the first): they will come again."""
+    """Drop the log lines that a resumed run will write again: those of steps after its checkpoint, at
+    ``step``, and of epochs from ``epoch`` on, which the checkpoint has not finished."""
     path = folder / "log.jsonl"
     if not path.exists():
         return

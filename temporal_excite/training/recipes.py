@@ -1,4 +1,4 @@
-"""Training recipes of the papers, as data. ``sources`` says of every number where it stands."""
+"""Training recipes of the papers, as data. ``sources`` names the source of every number."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -24,7 +24,7 @@ class Recipe:
     epochs: int
     lr: float
     batch_size: Mapping[int, int]
-    """Clips in one optimiser step, for each number of segments the paper trains."""
+    """Clips in one optimiser step, for each number of segments the paper trains with."""
     weight_decay: float
     milestones: tuple[int, ...] = ()
     """Epochs (counted from 0) at whose start the learning rate falls by ``gamma``; none: cosine."""

@@ -67,35 +67,43 @@ def read_annotations(
 ) -> tuple[list[Record], list[str]]:
     """The records of an annotation file, and the class names: ``labels[record.label]``.
 
-    path:    the annotation file (``egogesture`` and ``hmdb51``: the folder of them).
-    format:  ========== ==============================================================================
-             tsn        lines ``path label``, ``path num_frames label`` or ``path start end label`` (first and
-                        last frame, counted from 1), labels from 0
-             sthv1      csv ``id;label`` of Something-Something V1, and its ``*-labels.csv``
-             sthv2      json of Something-Something V2, and its ``*labels.json``
-             jester     csv ``id;label`` of Jester and its ``*-labels.csv``; or the newer csv with the columns
-                        ``video_id``, ``label``, ``label_id``
-             egogesture the folder ``labels-final-revised1``; ``subset`` "train", "val" or "test" picks the
-                        subjects of the official split
-             kinetics   csv with the columns ``label, youtube_id, time_start, time_end``
-             ucf101     ``trainlist0N.txt`` or ``testlist0N.txt``, and its ``classInd.txt``
-             hmdb51     the folder ``testTrainMulti_7030_splits``; ``subset`` "train" or "test",
-                        ``split`` 1 to 3
-             ========== ==============================================================================
-    root:    the folder the videos lie in; by default the folder of ``path``.
-    labels:  the class names in order, or the file that lists them; by default found beside ``path``
-             (Something-Something, Jester, UCF101), taken from the annotations in alphabetical order
-             (Kinetics, HMDB51), or numbers. Pass the training set's names when reading another subset of
-             Kinetics that may lack classes.
-    suffix:  ending of the videos' names, ``""`` for frame folders: by default ``""`` (Something-Something V1,
-             Jester, EgoGesture), ``".webm"`` (V2), ``".mp4"`` (Kinetics); the other formats name the files
-             themselves.
+    ========== =================================================================================
+    format     what is read
+    ========== =================================================================================
+    tsn        lines ``path label``, ``path num_frames label`` or ``path start end label`` (first and last
+               frame, counted from 1), labels from 0
+    sthv1      csv ``id;label`` of Something-Something V1, and its ``*-labels.csv``
+    sthv2      json of Something-Something V2, and its ``*labels.json``
+    jester     csv ``id;label`` of Jester and its ``*-labels.csv``; or the newer csv with the columns
+               ``video_id``, ``label``, ``label_id``
+    egogesture the folder ``labels-final-revised1``
+    kinetics   csv with the columns ``label, youtube_id, time_start, time_end``
+    ucf101     ``trainlist0N.txt`` or ``testlist0N.txt``, and its ``classInd.txt``
+    hmdb51     the folder ``testTrainMulti_7030_splits``
+    ========== =================================================================================
 
-    Nothing is looked up in ``root`` (except Kinetics' class folders): a missing video shows when it is read.
-    The layouts are described in docs/data.md.
+    Nothing is looked up in ``root`` (except Kinetics' class folders): a missing video is an error only when
+    it is read. The layouts are described in docs/data.md.
 
-    Raises ``FileNotFoundError`` for a missing file, ``ValueError`` for an unknown format, and
-    :class:`AnnotationError`, naming file and line, for a wrong line or a label out of range.
+    Args:
+        path: the annotation file (``egogesture`` and ``hmdb51``: their folder).
+        format: of the file, see the table.
+        root: the folder of the videos; by default the folder of ``path``.
+        labels: the class names in order, or the file that lists them; by default found beside ``path``
+            (Something-Something, Jester, UCF101), taken from the annotations in alphabetical order (Kinetics,
+            HMDB51), or numbers. Pass the training set's names when reading another subset of Kinetics that
+            may lack classes.
+        subset: "train", "val" or "test" of EgoGesture's official split, "train" or "test" of HMDB51; the
+            other formats have a file for each.
+        split: 1 to 3, of HMDB51.
+        suffix: ending of the videos' names, ``""`` for frame folders: by default ``""`` (Something-Something
+            V1, Jester, EgoGesture), ``".webm"`` (V2), ``".mp4"`` (Kinetics); in the other formats the
+            annotations give it.
+
+    Raises:
+        FileNotFoundError: a missing file.
+        ValueError: an unknown format, subset or split, or no videos.
+        AnnotationError: a wrong line or a label out of range, naming file and line.
     """
     if format not in FORMATS:
         raise ValueError(f"unknown annotation format {format!r}: use one of {', '.join(FORMATS)}")

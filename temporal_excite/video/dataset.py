@@ -26,28 +26,31 @@ class VideoDataset(Dataset[tuple[Tensor, int]]):
     of the sampler times the crops of the transform) it is ``(views, T, 3, H, W)``, all crops of the first
     clip first. Without a transform it is uint8, and all clips of a batch must happen to have one size.
 
-    records:    what :func:`read_annotations` returns, or your own :class:`Record` objects.
-    sampler:    a :class:`SegmentSampler`.
-    transform:  called as ``transform(clip, label) -> (clip, label)`` with the uint8 ``(T, 3, H, W)``
-                ``tv_tensors.Video`` of each clip: any composition of torchvision.transforms.v2, or the ready
-                :func:`train_transform` and :func:`test_transform`. A transform that takes several crops adds
-                a leading dimension.
-    pattern:    names of the pictures in frame folders; found by itself when the folder holds one kind.
-    on_error:   ``"raise"`` stops at a broken, empty or missing video with a :class:`VideoError` naming it.
-                ``"skip"`` logs it (a warning of the logger ``temporal_excite.video.dataset``), counts it in
-                ``errors`` and gives another record in its place, drawn from (seed, epoch, i), so a run that
-                meets it can be repeated. Meant for training: when evaluating, leave out the indices in
-                ``broken``.
-    labels:     the class names, ``labels[record.label]``; every record's label must then be in range.
-    keep:       keep the decoded frames of every video in memory after the first time (for each process: 3 T
-                H W bytes a clip), where the sampler takes the same ones again. For small videos, whose
-                decoding costs more than their training.
-    seed:       all random choices of item i, its frames and its augmentation, depend on ``(seed, epoch, i)``
-                and on nothing else: not on the number of workers, nor on what was read before. Call
-                ``set_epoch`` before each epoch; it reaches workers that are already running.
+    Args:
+        records: what :func:`read_annotations` returns, or your own :class:`Record` objects.
+        sampler: a :class:`SegmentSampler`.
+        transform: called as ``transform(clip, label) -> (clip, label)`` with the uint8 ``(T, 3, H, W)``
+            ``tv_tensors.Video`` of each clip: any composition of torchvision.transforms.v2, or the ready
+            :func:`train_transform` and :func:`test_transform`. A transform that takes several crops adds a
+            leading dimension.
+        pattern: names of the pictures in frame folders; found automatically if the folder holds one kind.
+        on_error: ``"raise"`` stops at a broken, empty or missing video with a :class:`VideoError` naming it.
+            ``"skip"`` logs it (a warning of the logger ``temporal_excite.video.dataset``), counts it in
+            ``errors`` and gives another record in its place, drawn from (seed, epoch, i), so that the run can
+            be repeated. Meant for training: when evaluating, leave out the indices in ``broken``.
+        labels: the class names, ``labels[record.label]``; every record's label must then be in range.
+        keep: keep the decoded frames of every video in memory (3 T H W bytes a clip, in each process). Needs
+            a sampler that always takes the same frames. For small videos, whose decoding costs more than
+            their training.
+        seed: all random choices of item i, its frames and its augmentation, depend on ``(seed, epoch, i)``
+            alone: not on the number of workers, nor on what was read before. Call ``set_epoch`` before each
+            epoch; it reaches workers that are already running.
 
-    Raises ``ValueError`` for no records, an unknown ``on_error``, and a label out of range (naming the
-    record).
+    Raises:
+        ValueError: no records, an unknown ``on_error``, ``keep`` with a random sampler, or a label out of
+            range (naming the record).
+        VideoError: on access, with ``on_error="raise"``, a video that cannot be read.
+        RuntimeError: on access, with ``on_error="skip"``, 100 videos that cannot be read.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Frames of one video, from a folder of pictures or from a video file, only the asked-for ones decoded."""
+"""Frames of one video, a folder of pictures or a video file; only the frames asked for are decoded."""
 
 import bisect
 import re
@@ -39,7 +39,7 @@ class VideoError(RuntimeError):
 
 
 class FrameCountError(VideoError):
-    """A sound video with fewer frames than its container announced: ``num_frames`` of them."""
+    """An intact video with fewer frames than its container announces: ``num_frames``."""
 
     def __init__(self, path: Path, announced: int, num_frames: int) -> None:
         super().__init__(path, f"holds {num_frames} frames where its container announces {announced}")
@@ -152,7 +152,7 @@ class FrameFolder:
         if len(groups) > 1:
             kinds = ", ".join(f"{prefix}*{suffix} ({len(g)})" for (prefix, suffix), g in groups.items())
             raise VideoError(
-                self.path, f'holds several kinds of pictures, {kinds}: say pattern="img_{{:05d}}.jpg"'
+                self.path, f'holds several kinds of pictures, {kinds}: pass pattern="img_{{:05d}}.jpg"'
             )
         numbered = sorted(next(iter(groups.values())))
         numbers = [number for number, _ in numbered]
@@ -175,6 +175,10 @@ class FrameFolder:
         pass
 
     def read(self, indices: Sequence[int]) -> Tensor:
+        """The frames ``indices`` (any order, repeats allowed) as uint8 ``(n, 3, H, W)``.
+
+        Raises :class:`VideoError` for a picture that cannot be read, or of another size.
+        """
         from PIL import Image, ImageOps
 
         indices = _check(self.path, indices, len(self))
@@ -264,13 +268,14 @@ class VideoFile:
         self.close()
 
     def close(self) -> None:
+        """Close the file."""
         self._container.close()
 
     def read(self, indices: Sequence[int]) -> Tensor:
         """The frames ``indices`` (any order, repeats allowed) as uint8 ``(n, 3, H, W)``.
 
         Raises :class:`VideoError` for a frame that cannot be decoded and :class:`FrameCountError` when the
-        stream ends, soundly, before the last of them.
+        stream ends, without an error, before the last of them.
         """
         indices = _check(self.path, indices, len(self))
         wanted = sorted(set(indices))

@@ -16,7 +16,7 @@ from torch import Tensor
 from .._extras import need
 from .decoding import FrameFolder, VideoError, open_container, to_rgb
 
-_PATIENCE = 100  # broken frames in a row with which a camera is still taken for sound
+_PATIENCE = 100  # broken frames in a row before a camera counts as failed
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class FilePlayer:
         try:
             for packet in self._container.demux(self._stream):
                 if self._patience and not packet.size:
-                    continue  # a buffer that a camera's driver gave up, which a decoder takes for the end
+                    continue  # a buffer that the camera's driver dropped; a decoder would take it for the end
                 try:
                     for frame in packet.decode():
                         if frame.is_corrupt:
@@ -125,8 +125,8 @@ class FilePlayer:
 
 
 class CameraPlayer:
-    """A camera: always the newest frame; those that arrive while nobody asks are left out, their numbers
-    too. It never ends by itself, nor because of single frames that arrive broken."""
+    """A camera: always the newest frame. Frames that arrive while nobody asks are dropped, and their numbers
+    skipped. It never ends by itself, nor at single broken frames."""
 
     def __init__(self, number: int, fps: float) -> None:
         file, format = _camera(number)

@@ -36,12 +36,20 @@ class SegmentSampler:
     ``"dense-train"``
         The same window with a start drawn uniformly from ``{0, .., S}``.
 
-    ``clips`` is the number of clips, at least 1; in the random modes they are independent draws. All
-    randomness comes from ``generator`` (torch's global one when ``None``), the fixed modes use none.
+    All randomness comes from ``generator`` (torch's global one when ``None``), the fixed modes use none.
 
     TSN: Wang et al., "Temporal Segment Networks", ECCV 2016. TSM: Lin et al., ICCV 2019.
 
-    Raises ``ValueError`` for an unknown mode and for ``num_frames`` below 1, naming the value.
+    Args:
+        n_segment: T.
+        mode: ``"train"``, ``"test"``, ``"dense"`` or ``"dense-train"``.
+        clips: number of clips; in the random modes they are independent draws.
+        window: of the dense modes, in frames.
+        short: of ``"train"``, for videos of fewer than T frames: ``"first"`` or ``"spread"``.
+
+    Raises:
+        TypeError: a number that is not an int.
+        ValueError: an unknown mode or ``short``, or a number (``num_frames`` too) below 1.
 
     >>> SegmentSampler(4, mode="test")(20)
     tensor([[ 2,  7, 12, 17]])

@@ -194,14 +194,24 @@ def train_transform(
 ) -> Callable[[Tensor, int], tuple[Tensor, int]]:
     """The papers' augmentation: short side 256, multi-scale corner crop, mirroring, normalisation.
 
-    flip:  ``"none"`` never mirrors (what the released code does on data sets with directions), ``"plain"``
-           mirrors half of the clips and keeps their labels, ``"swap"`` mirrors half of them and changes the
-           labels by ``pairs``, or by :func:`flip_pairs` of ``labels``.
-    short_side:  ``None`` leaves out the first resize (the crops are relative to the short side either way),
-           cheaper for frames that are small already.
-    mean, std:  as :func:`normalisation` gives them.
+    Args:
+        size: side of the crops.
+        flip: ``"none"`` never mirrors (what the released code does on data sets with directions), ``"plain"``
+            mirrors half of the clips and keeps their labels, ``"swap"`` mirrors half of them and changes the
+            labels by ``pairs``, or by :func:`flip_pairs` of ``labels``.
+        labels: the class names, for ``"swap"``.
+        pairs: as :func:`flip_pairs` returns them, for ``"swap"``.
+        mean: as :func:`normalisation` gives it.
+        std: as :func:`normalisation` gives it.
+        short_side: of the frames before cropping; None leaves out this resize, which is cheaper for frames
+            that are already small (the crops are relative to the short side either way).
+        scales: see :class:`MultiScaleCornerCrop`.
 
-    ``(T, 3, H, W)`` uint8 becomes ``(T, 3, size, size)`` float32.
+    Shape:
+        ``(T, 3, H, W)`` uint8 -> ``(T, 3, size, size)`` float32.
+
+    Raises:
+        ValueError: an unknown ``flip``, ``"swap"`` without classes to swap, or a value out of range.
     """
     if flip not in ("none", "plain", "swap"):
         raise ValueError(f"flip must be 'none', 'plain' or 'swap', got {flip!r}")
@@ -235,8 +245,18 @@ def test_transform(
 ) -> Callable[[Tensor, int], tuple[Tensor, int]]:
     """The test protocols: short side 256, then the centre crop of 224 (``crops=1``) or three of 256 (``3``).
 
-    ``size`` is the side of the crops. ``(T, 3, H, W)`` uint8 becomes ``(T, 3, size, size)`` float32, with
-    three crops ``(3, T, 3, size, size)``.
+    Args:
+        crops: 1 or 3.
+        size: side of the crops; None: 224 for one crop, 256 for three.
+        short_side: of the frames before cropping.
+        mean: as :func:`normalisation` gives it.
+        std: as :func:`normalisation` gives it.
+
+    Shape:
+        ``(T, 3, H, W)`` uint8 -> ``(T, 3, size, size)`` float32; with three crops ``(3, T, 3, size, size)``.
+
+    Raises:
+        ValueError: another number of crops, or a ``size`` above ``short_side``.
     """
     if crops not in (1, 3):
         raise ValueError(f"crops must be 1 or 3, got {crops!r}")

@@ -46,7 +46,7 @@ def cam(video_model: VideoClassifier, clip: Tensor, target: Target = None) -> Te
             raise ValueError(
                 f"CAM needs a linear classifier on pooled features, and {name} has "
                 f"{type(classifier).__name__ if _splits(model) else 'no forward_features and forward_head'}; "
-                "grad_cam(video_model, clip, layer=...) is the way"
+                "use grad_cam(video_model, clip, layer=...)"
             )
         output = model.forward_features(frames)  # type: ignore[operator]
         frame_logits = model.forward_head(output.clone())  # type: ignore[operator]
@@ -62,7 +62,7 @@ def cam(video_model: VideoClassifier, clip: Tensor, target: Target = None) -> Te
             raise ValueError(
                 f"CAM needs logits that are linear in the mean of the last features; {name} pools otherwise, "
                 f"or has more layers behind the pool than {type(classifier).__name__}: "
-                "grad_cam(video_model, clip) is the way"
+                "use grad_cam(video_model, clip)"
             )
         chosen = _targets(target, to_clips(linear, video_model.n_segment).mean(dim=1))
         with full_precision(features):
@@ -200,8 +200,8 @@ def excitations(model: nn.Module, clip: Tensor) -> list[SiteGates]:
 
 
 def _gated(module: nn.Module) -> Iterator[nn.Module]:
-    """The parts of a temporal module that have a gate; a part inside another is that one's affair."""
-    gate = getattr(module, "gate", None)  # a layer of that name gets something else than the module's input
+    """The outermost parts of a temporal module that have a gate."""
+    gate = getattr(module, "gate", None)  # a layer of that name is not called with the module's input
     if isinstance(module, ActionModule) or (callable(gate) and not isinstance(gate, nn.Module)):
         yield module
     else:
@@ -314,8 +314,8 @@ def _close(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, neither compiled nor checkpointed, which would run layers past their hooks; afterwards each
-    layer's own modes again."""
+    """A context in eval mode, without compilation or activation checkpointing, which would bypass hooks;
+    afterwards each layer has its own modes again."""
     modes = {module: module.training for module in model.modules()}
     checkpointing = [module for module in modes if getattr(module, "grad_checkpointing", False) is True]
     try:

@@ -28,6 +28,9 @@ def unnormalise(
             ``(v - mean) / std`` of values v in [0, 1].
         mean: of the colours; default 0.
         std: of the colours; default 1.
+
+    Raises:
+        ValueError: another shape.
     """
     clip = clip.detach().cpu()
     if clip.ndim == 5 and len(clip) == 1:
@@ -61,13 +64,17 @@ def overlay(
         maps: ``(T, h, w)`` or ``(1, T, h, w)``.
         mean: of the colours.
         std: of the colours.
-        low: value with the first colour, and all below; None: the smallest value of the maps.
-        high: value with the last colour; None: the largest value of the maps.
+        low: value of the first colour, which smaller ones get too; None: the smallest value of the maps.
+        high: value of the last colour, which larger ones get too; None: the largest value of the maps.
         alpha: share of the colours, 0 to 1.
         colormap: a name matplotlib knows.
 
     Returns:
         ``(T, 3, H, W)`` uint8.
+
+    Raises:
+        ValueError: shapes that do not go together, maps that are not finite, ``alpha`` out of range, or an
+            unknown colormap.
     """
     frames = unnormalise(clip, mean, std)
     maps = maps.detach().cpu().float()
@@ -109,6 +116,11 @@ def figure(
         path: written there, as PNG, PDF, SVG or JPEG by its ending.
         title: above the rows.
         columns: the frames to show; default: all.
+
+    Raises:
+        ValueError: rows of another shape or dtype, no such frame, or an unknown ending.
+        FileNotFoundError: the folder of ``path`` does not exist.
+        OSError: ``path`` cannot be written.
     """
     count = _frame_count(rows)
     columns = range(count) if columns is None else columns
@@ -143,13 +155,18 @@ def figure(
 
 
 def animation(rows: Mapping[str, Tensor], path: str | Path, *, fps: float = 4.0, side: int = 224) -> None:
-    """The rows beside each other, moving, as GIF or WebP by the ending of ``path``.
+    """The rows side by side, animated, as GIF or WebP by the ending of ``path``.
 
     Args:
         rows: label -> ``(T, 3, H, W)`` uint8, all with the same T.
         path: written there.
         fps: frames a second.
         side: height in pixels of a picture.
+
+    Raises:
+        ValueError: rows of another shape or dtype, ``fps`` or ``side`` out of range, or an unknown ending.
+        FileNotFoundError: the folder of ``path`` does not exist.
+        OSError: ``path`` cannot be written.
     """
     count = _frame_count(rows)
     if not 0 < fps < float("inf") or side < 1:
@@ -195,6 +212,11 @@ def attention(gates: Sequence[SiteGates], path: str | Path | None = None, *, cli
         gates: of :func:`excitations`.
         path: written there, as PNG, PDF, SVG or JPEG by its ending.
         clip: number of the clip.
+
+    Raises:
+        ValueError: no module that weighs channels, or an unknown ending.
+        FileNotFoundError: the folder of ``path`` does not exist.
+        OSError: ``path`` cannot be written.
     """
     channel = {
         stage: {path: g[clip] for path, g in site.gates.items() if g.ndim == 3}
@@ -268,7 +290,7 @@ def _frame_count(rows: Mapping[str, Tensor]) -> int:
 
 
 def check_path(path: str | Path, endings: Sequence[str]) -> None:
-    """Raise unless a file of that name can be written: its ending is known, its folder there."""
+    """Raise unless the ending of a file to write is one of ``endings`` and its folder exists."""
     path = Path(path)
     if path.suffix.lower() not in endings:
         raise ValueError(f"cannot write {path}: the ending must be one of {', '.join(endings)}")

@@ -28,7 +28,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, subsets: tuple[str, ...]
         "--on-error",
         choices=("raise", "skip"),
         default="raise",
-        help="at a broken video stop, or leave it out and count it (default: raise)",
+        help="stop at a broken video, or leave it out and count it (default: raise)",
     )
     group.add_argument(
         "--workers",

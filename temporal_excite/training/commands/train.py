@@ -69,7 +69,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--epochs",
         type=int,
         metavar="N",
-        help="milestones move along in proportion; those that meet act once",
+        help="milestones are scaled in proportion; those that coincide act once",
     )
     change.add_argument("--lr", type=float, help="default: the recipe's, scaled with the batch size")
     change.add_argument(
@@ -83,7 +83,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     change.add_argument("--batch-norm", choices=("train", "partial", "frozen"))
     run = parser.add_argument_group("run")
     run.add_argument("--output", type=Path, required=True, metavar="DIR", help="checkpoints and log")
-    run.add_argument("--resume", action="store_true", help="go on from DIR/last.pt, if it is there")
+    run.add_argument("--resume", action="store_true", help="continue from DIR/last.pt, if it exists")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--accumulate", type=int, default=1, metavar="N", help="passes for one step (memory)")
     run.add_argument("--amp", choices=tuple(AMP), default="off", help="mixed precision (default: off)")

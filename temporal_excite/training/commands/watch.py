@@ -29,8 +29,8 @@ OVERLAYS = (".mp4", ".mkv", ".mov")
 def configure(parser: argparse.ArgumentParser) -> None:
     """The arguments."""
     parser.epilog = (
-        "A line a frame: its time, the milliseconds from decoded frame to labels, and the best classes by "
-        "the softmax of the logits averaged over the window. Ctrl-C or SIGTERM ends."
+        "Prints a line for each frame: its time, the milliseconds from decoded frame to labels, and the best "
+        "classes by the softmax of the logits averaged over the window. Stop it with Ctrl-C or SIGTERM."
     )
     parser.add_argument(
         "checkpoint", help="best.pt of a run, a save_pretrained() folder, or hf-hub:owner/name, causal"
