@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .classifier import VideoClassifier
 from .injection import CHILD, Site, sites
 from .modules import ActionModule, TemporalShift
+from .ops import check_model
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -110,8 +111,7 @@ def load_released(model: Model, checkpoint: str | os.PathLike[str] | Mapping[str
         FileNotFoundError: no such file.
         ValueError: an unsupported model, a file that is no checkpoint, or a checkpoint of another network.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     inner = model.model if isinstance(model, VideoClassifier) else model
     expected = _expected_names(inner)
     given = _tensors(checkpoint)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from .ops import check_whole_clips, positive_int
+from .ops import check_model, check_whole_clips, positive_int
 
 
 class VideoClassifier(nn.Module):
@@ -34,8 +34,7 @@ class VideoClassifier(nn.Module):
 
     def __init__(self, model: nn.Module, n_segment: int | None = None, dropout: float = 0.5) -> None:
         super().__init__()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        check_model(model)
         if n_segment is not None:
             positive_int("n_segment", n_segment)
         found = _held_n_segment(model)
@@ -100,6 +99,8 @@ class VideoClassifier(nn.Module):
             ValueError: ``num_classes`` is below 1, or the model has no ``reset_classifier``.
         """
         positive_int("num_classes", num_classes)
+        if not std >= 0:
+            raise ValueError(f"std must be at least 0, got {std}")
         if not hasattr(self.model, "reset_classifier"):
             raise ValueError(f"{type(self.model).__name__} has no reset_classifier as timm's models have")
         self.model.reset_classifier(num_classes)  # type: ignore[operator]

@@ -17,7 +17,7 @@ from torch import nn
 from ._text import columns
 from .injection import sites
 from .modules.base import set_fast
-from .ops import countable
+from .ops import check_model, countable
 
 CONVENTIONS = ("fvcore", "paper")
 
@@ -102,8 +102,7 @@ def count(
 
 def count_all(model: nn.Module, clip_shape: Sequence[int], *, fast: bool = False) -> dict[str, Complexity]:
     """:func:`count` by every convention, from one forward pass."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     model = getattr(model, "_orig_mod", model)
     shape = _clip_shape(clip_shape)
     segments = {n for m in model.modules() if isinstance(n := getattr(m, "n_segment", None), int)}

@@ -17,7 +17,7 @@ from .again import Input
 from .hosts import PLACEMENTS, Block, find_blocks
 from .modules.base import TemporalModule, is_causal
 from .modules.registry import module_factory, module_names, network_names, network_plan
-from .ops import has_hooks, positive_int
+from .ops import check_model, has_hooks, positive_int
 
 Model = TypeVar("Model", bound=nn.Module)
 BlockFilter = str | Callable[[str], bool]
@@ -80,7 +80,8 @@ class _After(_Hook):
             passes.lent_by_norm(layer, args[0], output)
         y = self.run(layer, output)
         if isinstance(y, Input) and (len(layer._forward_hooks) > 1 or has_hooks(_module_of(layer))):
-            return y.as_subclass(Tensor)  # others may change it
+            y = y.as_subclass(Tensor)  # others may change it
+            return y.clone() if y.requires_grad else y  # the module's node may have saved it
         return y
 
 
@@ -279,8 +280,7 @@ def inject(
         ValueError: an unknown name, placement or stage, a value out of range, or a model without a site.
         RuntimeError: the model already holds temporal modules.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     plan = network_plan(module) if isinstance(module, str) else None
     if plan is None:
         factory = module_factory(module) if isinstance(module, str) else module
@@ -291,14 +291,16 @@ def inject(
     if placement not in (None, *PLACEMENTS):
         raise ValueError(f"unknown placement {placement!r}; known: {', '.join(PLACEMENTS)}")
     if placement and plan:
-        raise ValueError(f"{module!r} has points of its own: leave placement={placement!r} out")
+        raise ValueError(f"{module!r} chooses its own points: leave placement={placement!r} out")
     _check_plain(model)
     if causal:
         _check_causal(plan or factory, module)
         kwargs["causal"] = True
     if plan:
         blocks = _select(model, stages, include, exclude, 1 if every is None else every)
-        insertions = plan(blocks, n_segment, **kwargs)
+        insertions = list(plan(blocks, n_segment, **kwargs))
+        if not insertions:
+            raise ValueError(f"{module!r} has no site in {type(model).__name__}: its plan gave no insertion")
     else:
         insertions = []
         for block in _select(model, stages, include, exclude, every):
@@ -323,6 +325,7 @@ def eject(model: Model) -> Model:
     Raises:
         RuntimeError: the model holds none.
     """
+    check_model(model)
     held, watched = list(_held(model)), _watched(model)
     if not held and not watched:
         raise RuntimeError(f"{type(model).__name__} holds no temporal modules: nothing to eject")
@@ -373,7 +376,10 @@ def sites(
         ValueError: with ``frame_shape``, a two-sided module or a shape that is not ``(3, H, W)``.
         RuntimeError: with ``frame_shape``, a model in training mode.
     """
+    check_model(model)
     if skipped:
+        if frame_shape is not None:
+            raise ValueError("skipped blocks have no state: leave frame_shape out, or skipped=True")
         return _skipped(model)
     found = SiteList()
     for name, layer, place in _held(model):
@@ -427,8 +433,15 @@ def set_n_segment(model: Model, n_segment: int) -> Model:
     for module in modules:
         if isinstance(module, TemporalModule):
             module.check_n_segment(n_segment)
-    for module in modules:
-        module.n_segment = n_segment  # type: ignore[assignment]
+    before = []
+    try:
+        for module in modules:
+            before.append((module, module.n_segment))
+            module.n_segment = n_segment  # type: ignore[assignment]
+    except Exception:  # of a setter in a module that is not ours
+        for module, value in before[:-1]:
+            module.n_segment = value
+        raise
     return model
 
 
@@ -542,12 +555,21 @@ def _check_causal(factory: Callable[..., Any], module: Any) -> None:
 def _check_insertions(insertions: Iterable[Insertion], module: Any, causal: bool) -> None:
     """Raise unless every insertion has a place of its own and a module of the kind asked for."""
     holders: set[nn.Module] = set()
+    modules: set[nn.Module] = set()
     for insertion in insertions:
+        if not isinstance(insertion, Insertion):
+            raise TypeError(f"the plan of {module!r} must give Insertion objects, got {insertion!r}")
         holders.add(_check_place(insertion, holders))
         if not isinstance(insertion.module, nn.Module):
             raise TypeError(
                 f"{module!r} gave {insertion.module!r} for {insertion.block.name}, not a torch.nn.Module"
             )
+        if insertion.module in modules:
+            raise ValueError(
+                f"{module!r} gave the same {type(insertion.module).__name__} for two places: make a module "
+                "for each (they may share parameters)"
+            )
+        modules.add(insertion.module)
         if causal and not is_causal(insertion.module):
             raise TypeError(
                 f"{type(insertion.module).__name__} takes causal=True, but its attribute causal, or a "

@@ -14,6 +14,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 _countable = False
+_PROXY = torch._C._TorchDispatchModeKey.PROXY  # of make_fx
 
 
 @contextmanager
@@ -34,7 +35,8 @@ def countable() -> Iterator[None]:
 def traced() -> bool:
     """Whether plain operations are wanted: they are being recorded into a graph, or transformed one by one
     (``torch.func``, forward-mode differentiation)."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or _transformed()
+    compiling = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return compiling or _transformed() or torch._C._get_dispatch_mode(_PROXY) is not None
 
 
 def _transformed() -> bool:
@@ -54,6 +56,12 @@ def positive_int(name: str, value: int) -> int:
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
     return value
+
+
+def check_model(model: object) -> None:
+    """Raise a ``TypeError`` unless ``model`` is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def check_frames(x: Tensor, n_segment: int, channels: int) -> None:
@@ -270,6 +278,10 @@ def coefficients(kernel: Tensor, height: int, width: int) -> Tensor:
     often as the kernel has weight, an outer row or column is taken off again with the weight of the taps
     that miss it, and a corner given back where that took it off twice.
     """
+    if traced():  # the sizes may be symbols, which no constant can hold
+        signs = constant(_tap_weights, 1, 1, kernel, kernel.dtype)
+        whole, rows, columns, corners = linear(signs, kernel.flatten(1)).split((1, 2, 2, 4))
+        return torch.cat((whole, rows / height, columns / width, corners / (height * width)))
     return linear(constant(_tap_weights, height, width, kernel, kernel.dtype), kernel.flatten(1))
 
 
@@ -291,11 +303,13 @@ def constant(
     """``rows(first, second)`` on the device of ``like``, made once; not to be changed."""
     key = rows, first, second, dtype, like.device
     real = type(like) in (Tensor, nn.Parameter) and not traced()  # no stand-in of a tracer
-    if real and key in _constants:
-        return _constants[key]
+    if real and (kept := _constants.get(key)) is not None:
+        return kept
     with torch.inference_mode(False):
         found = like.new_tensor(rows(first, second), dtype=dtype)
     if real and type(found) is Tensor:
+        if len(_constants) >= 64:  # clips of many sizes
+            _constants.clear()
         _constants[key] = found
     return found
 

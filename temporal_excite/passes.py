@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache, partial
+from functools import lru_cache, partial, wraps
 from math import gcd
 from typing import Any
 
@@ -47,6 +47,17 @@ def recompute(method: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return _noted(_Recompute.apply(method, _AsItWas(module), x, *parameters))
 
 
+def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """For products in a backward pass, which autocast would round where ``backward()`` is called in it."""
+
+    @wraps(backward)
+    def run(ctx: Any, grad: Tensor, *grads: Tensor) -> Any:
+        with ops.full_precision(grad):
+            return backward(ctx, grad, *grads)
+
+    return run
+
+
 class _Recompute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, method: Any, module: "_AsItWas", x: Tensor, *parameters: Tensor) -> Tensor:
@@ -58,6 +69,7 @@ class _Recompute(torch.autograd.Function):
         return result
 
     @staticmethod
+    @_without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, y = _recomputed(ctx)
         ctx.recomputed = None
@@ -186,7 +198,10 @@ def sparing(y: Tensor) -> AbstractContextManager:
 
 
 class ReLU(nn.ReLU):
-    """An in-place ReLU, whose result :func:`sparing` can recompute if it can recompute its input."""
+    """An in-place ReLU, whose result :func:`sparing` can recompute if it can recompute its input.
+
+    A result that its hooks may hold has an attribute ``kept``: not to be overwritten.
+    """
 
     def __init__(self) -> None:
         super().__init__(inplace=True)
@@ -197,6 +212,8 @@ class ReLU(nn.ReLU):
             y = super().forward(x)
         if again:
             again.changed(y, torch.relu_)
+        if not traced() and has_hooks(self):
+            y.kept = True  # type: ignore[attr-defined]
         return y
 
 
@@ -320,7 +337,7 @@ def _sums_of_rows(
         sums: Tensor = torch.embedding_bag(table, rows, starts, False, 0, False, weights, True)[0]
         return sums.resize_(x.shape)  # no view: what follows may change it in place
     shape = frames * channels, len(table)
-    matrix = torch.sparse_csr_tensor(starts, rows, weights, shape, check_invariants=False)
+    matrix = torch.sparse_csr_tensor(starts, rows, weights, shape, device=x.device, check_invariants=False)
     y = empty_like(x, memory_format=torch.contiguous_format)
     sums = y.view(-1, size)
     torch.addmm(sums, matrix, table, beta=0, out=sums)
@@ -354,6 +371,7 @@ class _TemporalConv(torch.autograd.Function):
         return _temporal_conv(x, weight, n_segment, offset, memory.result_like)
 
     @staticmethod
+    @_without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         n_segment, offset = ctx.options
@@ -404,6 +422,7 @@ class _NineMeans(torch.autograd.Function):
         return ops.nine_means(x)
 
     @staticmethod
+    @_without_autocast
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         frames, _, height, width = ctx.shape
         weights = ops.constant(ops.mean_weights, height, width, grad, grad.dtype).expand(frames, -1, -1)
@@ -511,6 +530,7 @@ class _Squeeze(torch.autograd.Function):
         return ops.squeeze_by_frame(weight, x), x
 
     @staticmethod
+    @_without_autocast
     def backward(ctx: Any, grad: Tensor, grad_x: Tensor) -> tuple[Tensor, Tensor | None, None]:
         (weight,) = ctx.saved_tensors
         y, gate = ctx.ends

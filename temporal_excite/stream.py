@@ -164,6 +164,10 @@ class Stream:
             IndexError: no such stream.
         """
         if state is not None:
+            if not isinstance(state, Mapping):
+                raise TypeError(
+                    f"a state is a dict of tensors, got {state!r}; of the own one, reset(index={state!r})"
+                )
             return _reset(state, index)
         if self._own is not None:
             self._own = None if index is None else _reset(self._own, index)
@@ -184,6 +188,8 @@ class Stream:
             raise ValueError(f"frames are {frames.dtype}, the model {dtype}: convert (and normalise) them")
 
     def _check_state(self, frames: Tensor, state: Mapping[str, Tensor]) -> None:
+        if not isinstance(state, Mapping) or not all(isinstance(x, Tensor) for x in state.values()):
+            raise TypeError(f"a state is a dict of tensors, see initial_state(), got {type(state).__name__}")
         blanks, batch = self._blanks(tuple(frames.shape[1:])), len(frames)
         if state.keys() != blanks.keys():
             raise ValueError(
@@ -329,6 +335,8 @@ def _frame_shape(model: nn.Module, given: Sequence[int] | None) -> tuple[int, ..
 
 
 def _reset(state: Mapping[str, Tensor], index: Index | None) -> State:
+    if isinstance(index, bool | str):
+        raise TypeError(f"index must be a number, numbers, a slice or a mask, got {index!r}")
     gone = torch.zeros(len(state["frames"]), dtype=torch.bool, device=state["frames"].device)
     # a tuple would be an index into several dimensions
     gone[slice(None) if index is None else list(index) if isinstance(index, tuple) else index] = True

@@ -9,9 +9,10 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import temporal_excite as te
-from temporal_excite import passes
+from temporal_excite import ops, passes
 from temporal_excite.modules.tea import MotionExcitation
 from temporal_excite.ops import coefficients, nine_means, nine_parts
 
@@ -283,6 +284,64 @@ def test_second_derivatives(name):
     x = torch.randn(4, 4, 3, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(module, x)
     assert torch.autograd.gradgradcheck(module, x)
+
+
+def motion_module(name):
+    return MotionExcitation(8, 2) if name == "tea_me" else build(name, 8, 2, torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:FutureWarning")
+@pytest.mark.parametrize("name", ["action", "me", "tea_me"])
+def test_traces_and_programs_take_other_sizes(name):
+    module = motion_module(name).eval()
+    x, other = torch.randn(2, 8, 6, 5), torch.randn(2, 8, 9, 4)
+    height, width = (torch.export.Dim(side, min=2, max=64) for side in ("height", "width"))
+    program = torch.export.export(module, (x,), dynamic_shapes=({2: height, 3: width},)).module()
+    with torch.no_grad():
+        for graph in (torch.jit.trace(module, x), program):
+            torch.testing.assert_close(graph(other), module(other), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["action", "tea_me"])
+def test_make_fx(name):
+    module, x = motion_module(name).eval(), torch.randn(2, 8, 6, 5)
+    torch.testing.assert_close(make_fx(module)(x)(x), module(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["action", "shift", "me"])
+def test_backward_inside_autocast(name, dtype):
+    torch.manual_seed(0)
+    module = MODULES[name](16, 4).train()
+    x, weight = torch.randn(8, 16, 14, 14) + 1, torch.randn(8, 16, 14, 14) * 200
+    grads = []
+    for inside in (True, False):
+        twin = copy.deepcopy(module)
+        with torch.autocast("cpu", dtype):
+            loss = (twin(x) * weight).sum()
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        grads.append([p.grad for p in twin.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+
+
+def test_another_default_device():
+    module, x = te.TemporalConv(64, 8), torch.randn(8, 64, 72, 72)
+    with torch.no_grad():
+        expected = module(x)
+        with torch.device("meta"):
+            assert torch.equal(module(x), expected)
+
+
+def test_constants_of_many_sizes_are_not_kept():
+    module = build("me", 8, 1).eval()
+    for height in range(1, 71):
+        x = torch.randn(1, 8, height, 3, dtype=torch.float64, requires_grad=True)
+        module(x).sum().backward()
+    assert len(ops._constants) <= 64
 
 
 @pytest.mark.parametrize("training", [False, True])

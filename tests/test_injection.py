@@ -470,6 +470,57 @@ def test_plans_are_checked_before_the_model_is_touched(last, message, monkeypatc
     assert not te.sites(model) and not any("temporal" in key for key in model.state_dict())
 
 
+def test_plans_may_be_generators(monkeypatch):
+    def plan(blocks, n_segment):
+        for block in blocks:
+            yield Insertion(
+                block, "pre:conv1", "mine", te.TemporalShift(block.channels("pre:conv1"), n_segment)
+            )
+
+    monkeypatch.setitem(registry._NETWORKS, "mine", plan)
+    assert len(te.sites(te.inject(build(), "mine", T))) == 8
+
+
+@pytest.mark.parametrize(
+    ("plan", "error", "message"),
+    [
+        (lambda blocks, n_segment: [], ValueError, "its plan gave no insertion"),
+        (lambda blocks, n_segment: ["conv1"], TypeError, "must give Insertion objects, got 'conv1'"),
+    ],
+)
+def test_plans_without_insertions(plan, error, message, monkeypatch):
+    monkeypatch.setitem(registry._NETWORKS, "mine", plan)
+    with pytest.raises(error, match=message):
+        te.inject(build(), "mine", T)
+
+
+def test_one_module_for_two_places_is_refused():
+    shared, model = te.TemporalShift(64, T), build()
+    with pytest.raises(ValueError, match="the same TemporalShift for two places"):
+        te.inject(model, lambda channels, n_segment: shared, T, stages=(2,))
+    assert not te.sites(model)
+
+
+def test_set_n_segment_changes_all_or_none():
+    class Fixed(nn.Module):
+        n_segment = property(lambda self: T)
+
+        def forward(self, x):
+            return x
+
+    made = iter([te.TemporalShift(64, T), Fixed()])
+    model = te.inject(build(), lambda channels, n_segment: next(made), T, stages=(2,))
+    with pytest.raises(AttributeError):
+        te.set_n_segment(model, 8)
+    assert [site.module.n_segment for site in te.sites(model)] == [T, T]
+
+
+@pytest.mark.parametrize("function", [te.sites, te.eject, lambda m: te.set_fast(m, True)])
+def test_models_must_be_modules(function):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
+        function("resnet18")
+
+
 def test_layers_called_by_keyword():
     class Keyword(nn.Module):
         def __init__(self, channels):

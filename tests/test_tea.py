@@ -450,7 +450,7 @@ def test_released_weights_need_the_released_form():
         (lambda: te.MTA(16, 4)(torch.zeros(6, 16, 2, 2)), "6 frames are not a multiple of n_segment=4"),
         (lambda: te.TEABlock(16, 16, base_width=16)(torch.zeros(8, 15, 2, 2)), "16 channels got input"),
         (lambda: te.inject(network(RESNET), "tee"), "networks: 2plus1d, .*tea"),
-        (lambda: te.inject(network(RESNET), "tea", placement="loc2"), "'tea' has points of its own"),
+        (lambda: te.inject(network(RESNET), "tea", placement="loc2"), "'tea' chooses its own points"),
         (lambda: te.inject(network(RESNET), "tea", form="paper"), "got 'paper'"),
         (lambda: te.inject(network(RESNET), "tea", scale=5), "scale must be at least 2 and divide"),
         (lambda: te.inject(network(RES2NET), "tea", scale=8), "has scale 4; scale=8"),
@@ -469,6 +469,53 @@ def test_bad_input(call, message):
 def test_sizes_must_be_whole_numbers():
     with pytest.raises(TypeError, match="stride must be an int, got '2'"):
         te.MTA(16, 4, stride="2")
+
+
+HOOKED = ["layer1.0.bn1", "layer1.0.bn1.temporal", "layer1.0.bn1.temporal.me", "layer1.0.bn1.temporal.relu"]
+
+
+@pytest.mark.parametrize("name", HOOKED)
+def test_hooks_that_look_on_change_nothing(name):
+    torch.manual_seed(0)
+    model = te.inject(network(RES2NET), "tea", T).train().double()
+    x, plain = torch.randn(T, 3, 32, 32).double(), te.set_fast(copy.deepcopy(model), False)
+    grads = []
+    for m in (model, plain):
+        m.get_submodule(name).register_forward_hook(lambda *_: None)
+        m(x).square().sum().backward()
+        grads.append([p.grad for p in m.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", [*HOOKED[2:], "layer1.1.drop_block.temporal"])
+def test_tensors_held_by_hooks_stay(name):
+    model = te.inject(network(RES2NET), "tea", T).eval()
+    held = []
+    part = model.get_submodule(name)
+    if not name.endswith("relu"):  # which itself works in place
+        part.register_forward_pre_hook(lambda _, args: held.append((args[0], args[0].clone())))
+    part.register_forward_hook(lambda _, args, output: held.append((output, output.clone())))
+    with torch.no_grad():
+        model(torch.randn(T, 3, 32, 32))
+    assert held
+    for now, then in held[:1]:
+        assert torch.equal(now, then)
+
+
+@pytest.mark.parametrize("part", ["norm", "transform", "norm2"])
+def test_losses_on_parts_of_motion_excitation(part):
+    grads = []
+    for fast in (True, False):
+        torch.manual_seed(0)
+        model = te.set_fast(te.inject(network(RES2NET), "tea", T).train().double(), fast)
+        found = []
+        me = model.get_submodule("layer1.0.bn1.temporal.me")
+        getattr(me, part).register_forward_hook(lambda *args, found=found: found.append(args[2]))
+        model(torch.randn(T, 3, 32, 32).double())
+        found[0].square().mean().backward()
+        grads.append(me.squeeze.weight.grad)
+    torch.testing.assert_close(*grads, rtol=1e-7, atol=1e-12)
 
 
 def test_res2net_block_without_relu():

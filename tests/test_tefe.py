@@ -285,7 +285,7 @@ def test_n_segment_is_fixed_by_te():
             lambda: te.inject(network(BasicBlock), "tefe", fe=(1,) * 4),
             "BasicBlock .layer1.1. is no",
         ),
-        (lambda: te.inject(network(Bottleneck), "tefe", placement="loc1"), "has points of its own"),
+        (lambda: te.inject(network(Bottleneck), "tefe", placement="loc1"), "chooses its own points"),
     ],
 )
 def test_bad_input(call, message):

@@ -46,8 +46,13 @@ class Host:
             raise ValueError(f"a block needs at least one of {', '.join(PLACEMENTS)}")
         for name in self.placements:
             anchor = getattr(self, name)
-            if not isinstance(anchor, str) or anchor.partition(":")[:2] not in (("pre", ":"), ("out", ":")):
+            if not isinstance(anchor, str) or any(
+                part.partition(":")[:2] not in (("pre", ":"), ("out", ":")) for part in anchor.split("@")
+            ):
                 raise ValueError(f'{name} must read "pre:child" or "out:child", got {anchor!r}')
+        for name in ("live", "tokens"):
+            if not isinstance(attribute := getattr(self, name), str | None):
+                raise TypeError(f"{name} must be the name of an attribute, got {attribute!r}")
 
     @property
     def placements(self) -> tuple[str, ...]:
@@ -70,6 +75,11 @@ class Block:
         flag = self.host.live
         if flag is None:
             return True
+        if not hasattr(self.module, flag.lstrip("!")):
+            raise ValueError(
+                f"{type(self.module).__name__} ({self.name}) has no attribute {flag.lstrip('!')!r}, which "
+                "its host names as live"
+            )
         value = getattr(self.module, flag.lstrip("!"))
         present = value is not None and value is not False
         return present != flag.startswith("!")
@@ -106,10 +116,15 @@ class Block:
             module: nn.Module | None = self.module
             for part in filter(None, choice.split(".")):
                 if part.startswith("#"):
-                    part = list(module._modules)[int(part[1:])]  # type: ignore[union-attr]
+                    try:
+                        part = list(module._modules)[int(part[1:])]  # type: ignore[union-attr]
+                    except (IndexError, ValueError):
+                        module = None
+                        break
                 names.append(part)
                 module = getattr(module, part, None)
-                if module is None:
+                if not isinstance(module, nn.Module):
+                    module = None
                     break
             # A Sequential runs every child it has, so it cannot hold a temporal module
             while position in ("pre", "out") and _plain_sequence(module):
@@ -227,7 +242,7 @@ def register_host(
     """
     if isinstance(block_class, type) and issubclass(block_class, nn.Module):
         block_class = _path(block_class)
-    if not isinstance(block_class, str):
+    if not isinstance(block_class, str) or "." not in block_class:
         raise TypeError(
             f"block_class must be a torch.nn.Module class or its dotted name, got {block_class!r}"
         )

@@ -5,7 +5,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from .. import past
-from ..ops import check_frames, first_zeroed, following, positive_int, previous
+from ..ops import check_frames, check_model, first_zeroed, following, positive_int, previous
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -87,6 +87,7 @@ def set_fast(model: Model, fast: bool) -> Model:
     Returns:
         The same model.
     """
+    check_model(model)
     for module in model.modules():
         if isinstance(module, TemporalModule):
             module.fast = fast

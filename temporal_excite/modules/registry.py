@@ -73,6 +73,8 @@ def network_names() -> list[str]:
 
 
 def _check_entry(name: str, entry: object) -> None:
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"a name is a string of at least one letter, got {name!r}")
     if not callable(entry):
         raise TypeError(f"{name!r} needs something to call, got {entry!r}")
     for known in (_MODULES, _NETWORKS):

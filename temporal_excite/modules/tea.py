@@ -64,19 +64,21 @@ class MotionExcitation(ME):
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
         if self.fast and self.between_relus:
-            y = self._excite_rectified(x)
-            return y if has_hooks(self) else passes.rectified(y)
+            return self._excite_rectified(x)
         gate = 1 + self.gate(x) if self.residual else self.gate(x)
         return passes.gate(x, gate) if self.fast else x * gate.to(x.dtype)
 
     def _excite_rectified(self, x: Tensor) -> Tensor:
-        if self.form == "text" or self.linear or not passes.has_excite(x, self.squeeze):
-            return passes.gate(x, 1 + self.gate(x), reuse=True)
+        hooked = not traced() and any(map(has_hooks, self.modules()))
+        if hooked or self.form == "text" or self.linear or not passes.has_excite(x, self.squeeze):
+            reuse = not (hooked or hasattr(x, "kept"))
+            y = passes.gate(x, 1 + self.gate(x), reuse=reuse)
+            return y if hooked else passes.rectified(y)
 
         def gate_of(squeezed: Tensor) -> Tensor:  # within (1/2, 3/2)
             return 1 + self.gate_of_motion(self.motion_of_squeezed(squeezed))
 
-        return passes.excite(x, self.squeeze.weight, gate_of)
+        return passes.rectified(passes.excite(x, self.squeeze.weight, gate_of))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, residual={self.residual}, form={self.form!r}"
@@ -276,7 +278,8 @@ class PartConv(TemporalModule):
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
         rest, part = x.tensor_split((self.channels - self.conv.channels,), dim=1)
-        if self.overwrites and not traced() and not passes.needs_grad(x, self.conv.weight):
+        alone = self.overwrites and not traced() and not has_hooks(self)
+        if alone and not passes.needs_grad(x, self.conv.weight):
             part.copy_(self.conv(part))
             return x
         # a copy, so that the backward pass keeps the part and not the whole

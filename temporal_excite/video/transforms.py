@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from ..ops import positive_int
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _MIRRORED = {
@@ -107,7 +109,7 @@ class MultiScaleCornerCrop(nn.Module):
         super().__init__()
         if not scales or not all(0 < scale <= 1 for scale in scales):
             raise ValueError(f"scales must lie in (0, 1], got {tuple(scales)}")
-        self.size = size
+        self.size = positive_int("size", size)
         n = range(len(scales))
         self.pairs = [(scales[i], scales[j]) for i in n for j in n if abs(i - j) <= max_distort]
 
@@ -153,7 +155,7 @@ class ThreeCrop(nn.Module):
 
     def __init__(self, size: int = 256) -> None:
         super().__init__()
-        self.size = size
+        self.size = positive_int("size", size)
 
     def forward(self, clip: Tensor, label: Any) -> tuple[Tensor, Any]:
         height, width = clip.shape[-2:]
@@ -262,7 +264,7 @@ def test_transform(
         raise ValueError(f"crops must be 1 or 3, got {crops!r}")
     if size is None:
         size = 224 if crops == 1 else 256
-    if size > short_side:
+    if positive_int("size", size) > short_side:
         raise ValueError(f"crops of {size} from frames with a short side of {short_side}: raise short_side")
     crop = v2.CenterCrop(size) if crops == 1 else ThreeCrop(size)
     return v2.Compose([v2.Resize(short_side, antialias=True), crop, Normalise(mean, std)])

@@ -39,6 +39,8 @@ def unnormalise(
         raise ValueError(f"expected one clip (T, 3, H, W), got {tuple(clip.shape)}")
     if clip.dtype == torch.uint8:
         return clip
+    if not clip.is_floating_point():
+        raise ValueError(f"expected a clip of uint8 or of floating point, got {clip.dtype}")
     given = (1.0,) if std is None else std, (0.0,) if mean is None else mean
     scale, shift = (torch.as_tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in given)
     return ((clip.float() * scale + shift).clamp(0, 1) * 255).round().to(torch.uint8)
@@ -93,6 +95,8 @@ def overlay(
 
     if colormap not in colormaps:
         raise ValueError(f"matplotlib has no colormap {colormap!r}; it has jet, turbo, viridis, ..")
+    if low is not None and high is not None and not low < high:
+        raise ValueError(f"low must be below high, got {low} and {high}")
     low = maps.min().item() if low is None else low
     high = maps.max().item() if high is None else high
     size = (frames.shape[2], frames.shape[3])
