@@ -21,6 +21,7 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from timing import positive
 
 from temporal_excite.video import SegmentSampler, open_frames, read_frames
 
@@ -131,8 +132,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("paths", nargs="*", type=Path, help="video files and frame folders")
-    parser.add_argument("--segments", type=int, default=8, help="frames per clip")
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--segments", type=positive, default=8, help="frames per clip")
+    parser.add_argument("--repeats", type=positive, default=10)
     args = parser.parse_args()
     torch.set_num_threads(1)
     methods = readers()

@@ -12,7 +12,6 @@ convention, the others by ACTION-Net's. G: 1e9 multiply-accumulates, M: 1e6.
 """
 
 import argparse
-import importlib.util
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import timm
 from published import PAPERS, TABLE_5, Row, Table
-from timing import output_file
+from timing import output_file, picture_file
 
 import temporal_excite as te
 from temporal_excite._text import columns
@@ -326,7 +325,8 @@ def _markdown_table(cells: Sequence[Cells]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, what in (("markdown", "the tables"), ("json", "all numbers"), ("plot", "Figure 4 redrawn")):
-        parser.add_argument(f"--{name}", type=output_file, metavar="FILE", help=f"write {what} to FILE")
+        kind = picture_file if name == "plot" else output_file
+        parser.add_argument(f"--{name}", type=kind, metavar="FILE", help=f"write {what} to FILE")
     parser.add_argument("--paper", choices=[*PAPERS, "all"], help="whose tables (default: action-net)")
     parser.add_argument("--backbone", nargs="*", metavar="NAME", help="count these instead (none: a list)")
     parser.add_argument("--module", help="module for --backbone (default: action)")
@@ -341,12 +341,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         module = args.module or "action"
         if module not in (known := [*te.module_names(), *te.network_names()]):
             parser.error(f"--module must be one of {', '.join(known)}, got {module!r}")
-        print_backbones(args.backbone or POPULAR, module, args.markdown)
+        try:
+            print_backbones(args.backbone or POPULAR, module, args.markdown)
+        except ValueError as error:  # no site
+            parser.error(str(error))
         return
     if args.module:
         parser.error("--module goes with --backbone NAME")
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        parser.error('--plot needs matplotlib: pip install -e ".[plot]"')
     papers = list(PAPERS) if args.paper == "all" else [args.paper or "action-net"]
     tables = [table for paper in papers for table in PAPERS[paper]]
     if args.plot and TABLE_5 not in tables:

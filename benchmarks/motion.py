@@ -14,7 +14,7 @@ import argparse
 import json
 import multiprocessing
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from small_net import SmallNet
+from timing import positive
 from timm.models import register_model
 from timm.models.res2net import Bottle2neck
 from timm.models.resnet import BasicBlock, Bottleneck, downsample_conv
@@ -388,14 +389,12 @@ def run(
 
 
 # ---- what came out
-def load_results(output: Path) -> dict[str, list[dict[str, Any]]]:
+def load_results(output: Path, names: Iterable[str], seeds: Iterable[int]) -> dict[str, list[dict[str, Any]]]:
     """The results in a folder, by contender, in the order of the table."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for name in CONTENDERS:
-        runs = [json.loads(path.read_text()) for path in sorted(output.glob(f"{name}-[0-9]*.json"))]
-        if runs:
-            found[name] = runs
-    return found
+    files = {name: [output / f"{name}-{seed}.json" for seed in sorted(set(seeds))] for name in names}
+    return {
+        name: [json.loads(file.read_text()) for file in files[name]] for name in CONTENDERS if name in files
+    }
 
 
 def summary(values: Sequence[float]) -> str:
@@ -511,20 +510,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--modules", nargs="+", choices=tuple(CONTENDERS), default=list(CONTENDERS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--steps", type=int, default=320)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--clips", type=int, default=256, help="training clips of each class")
-    parser.add_argument("--test-clips", type=int, default=64, help="test clips of each class")
+    parser.add_argument("--steps", type=positive, default=320)
+    parser.add_argument("--batch-size", type=positive, default=32)
+    parser.add_argument("--clips", type=positive, default=256, help="training clips of each class")
+    parser.add_argument("--test-clips", type=positive, default=64, help="test clips of each class")
     parser.add_argument("--data", type=Path, default=Path("runs/motion-data"), help="folder of the clips")
     parser.add_argument("--output", type=Path, default=Path("runs/motion"), help="finished runs are kept")
     parser.add_argument("--only-data", action="store_true", help="write the clips and stop")
     parser.add_argument("--plot", type=Path, help="write the picture here (default: OUTPUT/motion.png)")
     parser.add_argument("--early", type=Path, help="the causal networks' picture (default: OUTPUT/early.png)")
     parser.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)} with a small budget")
-    parser.add_argument("--jobs", type=int, default=1, help="processes, each with one thread")
+    parser.add_argument("--jobs", type=positive, default=1, help="processes, each with one thread")
     args = parser.parse_args()
-    if args.jobs < 1:
-        parser.error(f"--jobs must be at least 1, got {args.jobs}")
     if not (args.only_data or args.quick or 1 <= args.batch_size <= args.clips * len(LABELS)):
         parser.error(
             f"--batch-size must be 1 to {args.clips * len(LABELS)}, all clips; got {args.batch_size}"
@@ -548,8 +545,8 @@ def main() -> None:
             wanted.append((name, seed))
         elif (found := json.loads(kept.read_text()).get("budget")) != asked:
             parser.error(
-                f"{kept} is of the budget {found} (steps, batch, clips), not {asked}: remove it, or choose "
-                "another --output"
+                f"{kept} is of the budget {found} (steps, batch, clips), not {asked}: remove it and the "
+                f"folder {kept.with_suffix('')}, or choose another --output"
             )
     how = (sets, args.output, args.steps, args.batch_size)
     if args.jobs == 1:
@@ -563,7 +560,7 @@ def main() -> None:
         context = multiprocessing.get_context("fork")
         with context.Pool(args.jobs, maxtasksperchild=1) as pool:
             pool.starmap(run, [(name, seed, *how) for name, seed in wanted], chunksize=1)
-    results = {name: runs for name, runs in load_results(args.output).items() if name in args.modules}
+    results = load_results(args.output, args.modules, args.seeds)
     print(table(results))
     plot(results, args.plot or args.output / "motion.png", args.data)
     if causal := {name: runs for name, runs in results.items() if "forward_early" in runs[0]}:

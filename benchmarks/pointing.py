@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from small_net import SmallNet
+from timing import positive
 from timm.models.resnet import BasicBlock, downsample_conv
 from torch import Tensor
 
@@ -139,11 +140,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--modules", nargs="+", choices=tuple(MODULES), default=list(MODULES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--test-clips", type=int, default=256)
+    parser.add_argument("--steps", type=positive, default=150)
+    parser.add_argument("--test-clips", type=positive, default=256)
     parser.add_argument("--example", type=int, default=0, help="test clip of the figure")
     parser.add_argument("--output", type=Path, default=Path("runs/pointing"), help="finished runs are kept")
     args = parser.parse_args()
+    args.seeds = list(dict.fromkeys(args.seeds))
     if not 0 <= args.example < args.test_clips:
         parser.error(f"--example must be one of the {args.test_clips} test clips, got {args.example}")
     args.output.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from typing import Any
 import timm
 import torch
 from as_published import use_published_forms
-from timing import allow_graphs, layout, output_file, ratio, seconds, write_rows
+from timing import allow_graphs, layout, output_file, picture_file, positive, ratio, seconds, write_rows
 from torch import nn
 
 import temporal_excite as te
@@ -60,7 +60,7 @@ def peak_bytes(device: torch.device, reset: bool = False) -> float | None:
 def networks(options: argparse.Namespace) -> dict[str, nn.Module]:
     """The backbone, and it with each module; as published too where that form is written down."""
     found = {"plain": timm.create_model(options.backbone)}
-    for name in options.modules.split(","):
+    for name in map(str.strip, options.modules.split(",")):
         for label in (name, f"{name} as published"):
             model = timm.create_model(options.backbone)
             te.inject(model, name, n_segment=options.frames, **options.module_args)
@@ -140,20 +140,18 @@ def main() -> None:
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--modules", default="tsm,ste,ce,me,action")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--frames", type=int, default=8)
-    parser.add_argument("--clips", type=int, default=1)
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--frames", type=positive, default=8)
+    parser.add_argument("--clips", type=positive, default=1)
+    parser.add_argument("--size", type=positive, default=224)
+    parser.add_argument("--repeats", type=positive, default=9)
+    parser.add_argument("--threads", type=positive, default=2)
     for flag in ("--compile", "--channels-last", "--train"):
         parser.add_argument(flag, action="store_true")
     parser.add_argument("--module-args", type=json.loads, default={}, help="keywords of inject, as JSON")
     parser.add_argument("--no-count", action="store_true", help="leave the FLOPs out")
     parser.add_argument("--json", type=output_file)
-    parser.add_argument("--plot", type=output_file)
+    parser.add_argument("--plot", type=picture_file)
     options = parser.parse_args()
-    if options.repeats < 1:
-        parser.error(f"--repeats must be at least 1, got {options.repeats}")
     torch.set_num_threads(options.threads)
     try:
         models = networks(options)

@@ -17,7 +17,7 @@ from functools import partial
 
 import timm
 import torch
-from timing import allow_graphs, layout, output_file, ratio, seconds, write_rows
+from timing import allow_graphs, layout, output_file, positive, ratio, seconds, write_rows
 from torch import nn
 from torch._inductor import aoti_compile_and_package, aoti_load_package
 
@@ -102,23 +102,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--backbone", nargs="+", default=["resnet50", "mobilenetv2_100"])
     parser.add_argument("--modules", nargs="+", default=["tsm", "shift", "ste", "ce", "me", "action"])
-    parser.add_argument("--batch", nargs="+", type=int, default=[1], help="numbers of streams in a step")
+    parser.add_argument("--batch", nargs="+", type=positive, default=[1], help="numbers of streams in a step")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--compile", action="store_true")
     how.add_argument("--ahead", action="store_true")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--size", type=positive, default=224)
     parser.add_argument("--repeats", type=int, default=100)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--json", type=output_file)
     options = parser.parse_args()
     if options.repeats < 2:
         parser.error(f"--repeats must be at least 2, got {options.repeats}")
     if unknown := [name for name in options.backbone if not timm.is_model(name)]:
         parser.error(f"timm {timm.__version__} has no {', '.join(unknown)}; see timm.list_models()")
-    if min(options.batch) < 1:
-        parser.error(f"--batch must be at least 1, got {min(options.batch)}")
+    if unknown := set(options.modules) - {*te.module_names(), *te.network_names()}:
+        parser.error(f"--modules: unknown {', '.join(sorted(unknown))}")
     torch.set_num_threads(options.threads)
     if options.compile:
         allow_graphs(len(options.batch) * (len(options.modules) + 1))

@@ -1,6 +1,7 @@
 """What the timing scripts share."""
 
 import argparse
+import importlib.util
 import json
 import statistics
 import time
@@ -31,6 +32,23 @@ def allow_graphs(count: int) -> None:
     it would make none."""
     torch._dynamo.config.recompile_limit = 8 * count
     torch._dynamo.config.fail_on_recompile_limit_hit = True
+
+
+def positive(text: str) -> int:
+    """An argument that is a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+    return int(text)
+
+
+def picture_file(name: str) -> Path:
+    """An :func:`output_file` that matplotlib can write, where that is installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError('needs matplotlib: pip install -e ".[plot]"')
+    path = output_file(name)
+    if path.suffix not in (known := (".png", ".pdf", ".svg", ".jpg")):
+        raise argparse.ArgumentTypeError(f"the ending must be one of {', '.join(known)}, got {name}")
+    return path
 
 
 def output_file(name: str) -> Path:

@@ -185,6 +185,13 @@ def test_split_path_is_the_model(name):
     assert video.eval()(x).shape == (1, 7)
 
 
+def test_a_wrong_head_is_refused_before_the_model_is_changed():
+    video = te.VideoClassifier(timm.create_model("resnet10t", num_classes=5), 4)
+    with pytest.raises(ValueError, match="std must be at least 0, got -1"):
+        video.reset_head(3, std=-1)
+    assert video.model.num_classes == 5
+
+
 def test_heads_that_cannot_be_split_are_refused():
     with torch.device("meta"), pytest.raises(ValueError, match="pools in its classifier, ClassifierHead"):
         te.VideoClassifier(timm.create_model("sequencer2d_s"), 4)

@@ -224,6 +224,7 @@ def test_backbones_before_and_after(tmp_path, capsys):
         (["--backbone", "--json", "numbers.json"], "leave --json and --plot out"),
         (["--module", "tsm"], "goes with --backbone"),
         (["--backbone", "resnet18", "--module", "tsn"], "--module must be one of"),
+        (["--plot", "figure.txt"], "the ending must be one of .png"),
         (["--paper", "tea", "--plot", "figure.png"], "leave --paper tea out"),
         (["--paper", "tea", "--backbone"], "leave --paper out"),
     ],

@@ -446,6 +446,9 @@ def test_registered_must_be_callable():
     with pytest.raises(TypeError, match="'mine' needs something to call, got 5"):
         te.register_module("mine", 5)
     assert "mine" not in te.module_names()
+    for name in (None, ""):
+        with pytest.raises(TypeError, match="a name is a string"):
+            te.register_module(name, te.TemporalShift)
 
 
 @pytest.mark.parametrize(

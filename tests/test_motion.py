@@ -105,7 +105,8 @@ def test_benchmark_smoke(tmp_path, monkeypatch, capsys):
     motion.main()
     shown = capsys.readouterr().out
     assert "| TSN |" in shown and "| ACTION |" in shown
-    results = motion.load_results(tmp_path / "out")
+    results = motion.load_results(tmp_path / "out", ["action", "tsn"], [0])
+    assert list(results) == ["tsn", "action"]
     tsn, action = results["tsn"][0], results["action"][0]
     assert tsn["forward"] == tsn["reversed"] == [50] * 4  # exactly, whatever it has learned
     assert tsn["steps"] == action["steps"] == 8 and action["parameters"] > tsn["parameters"]

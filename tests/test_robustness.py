@@ -90,7 +90,7 @@ def test_reparameterize(family):
     try:
         fused = reparameterize_model(model)
     except RuntimeError as error:
-        assert "eject(model) before" in str(error)
+        assert "eject(model) first" in str(error)
         assert len(te.sites(model)) == n and same(model(x), expected)
         fused = te.inject(reparameterize_model(te.eject(model)), "shift", T)  # the other order works
         fused(x)

@@ -45,7 +45,9 @@ def test_forms_that_were_not_published(option):
     [
         ("--json=nowhere/out.json", "cannot write nowhere/out.json"),
         ("--plot=nowhere/out.png", "cannot write nowhere/out.png"),
-        ("--repeats=0", "--repeats must be at least 1"),
+        ("--plot=out.odd", "the ending must be one of .png"),
+        ("--repeats=0", "--repeats: must be a whole number of at least 1, got 0"),
+        ("--size=-3", "--size: must be a whole number of at least 1, got -3"),
         ("--backbone=odd", "Unknown model (odd)"),
         ("--modules=odd", "unknown module 'odd'"),
         ("--module-args={", "--module-args: invalid"),

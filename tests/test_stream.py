@@ -425,6 +425,18 @@ def test_modules_that_came_later(causal):
         te.eject(model)
 
 
+def test_what_is_no_state_or_index():
+    stream = te.Stream(test_causal.network("tsm")[0])
+    state, x = stream.initial_state(2, (3, 32, 32)), frames(2, 1)[0]
+    for wrong in (None, [], "x", {**state, "frames": 3}):
+        with pytest.raises(TypeError, match="a state is a dict of tensors"):
+            stream.step(x, wrong)
+    with pytest.raises(TypeError, match=r"a state is a dict of tensors, got 1; .* reset\(index=1\)"):
+        stream.reset(1)
+    with pytest.raises(TypeError, match="index must be a number"):
+        stream.reset(state, True)
+
+
 def test_bad_steps_leave_the_state_alone():
     stream, video = small(window=3), frames(2, 2)
     _, second = (stream(f).logits for f in video)

@@ -72,6 +72,10 @@ def test_wrong_options(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         stream.main()
     assert "--repeats must be at least 2, got 1" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["stream.py", *OPTIONS, "--modules", "tsm", "odd"])
+    with pytest.raises(SystemExit):
+        stream.main()
+    assert "--modules: unknown odd" in capsys.readouterr().err
     monkeypatch.setattr(
         "sys.argv", ["stream.py", "--backbone=mobilenetv2_050", "--modules=tea", "--threads=1"]
     )

@@ -336,6 +336,10 @@ def test_overlay():
         visual.overlay(clip, torch.zeros(3, 2, 2))
     with pytest.raises(ValueError, match="alpha"):
         visual.overlay(clip, maps, alpha=2)
+    with pytest.raises(ValueError, match="low must be below high, got 2 and 1"):
+        visual.overlay(clip, maps, low=2, high=1)
+    with pytest.raises(ValueError, match=r"of uint8 or of floating point, got torch\.int64"):
+        visual.unnormalise(clip.long())
     with pytest.raises(ValueError, match="colormap 'none'"):
         visual.overlay(clip, maps, colormap="none")
     with pytest.raises(ValueError, match=r"one clip \(T, 3, H, W\), got \(2, 1, 4, 4\)"):
