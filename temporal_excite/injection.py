@@ -13,11 +13,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import passes, past
 from ._text import columns
-from .again import Input
 from .hosts import PLACEMENTS, Block, find_blocks
 from .modules.base import TemporalModule, is_causal
 from .modules.registry import module_factory, module_names, network_names, network_plan
 from .ops import check_model, has_hooks, positive_int
+from .recomputation import Input
 
 Model = TypeVar("Model", bound=nn.Module)
 BlockFilter = str | Callable[[str], bool]
@@ -69,7 +69,7 @@ class _Before(_Hook):
         if _hook(layer) is not self:
             return args
         x, *others = _given(layer, args)
-        return (passes.lent(x, self.run(layer, x)), *others)
+        return (passes.as_recomputable(x, self.run(layer, x)), *others)
 
 
 class _After(_Hook):
@@ -77,7 +77,7 @@ class _After(_Hook):
         if _hook(layer) is not self:
             return output
         if args:
-            passes.lent_by_norm(layer, args[0], output)
+            passes.note_norm_output(layer, args[0], output)
         y = self.run(layer, output)
         if isinstance(y, Input) and (len(layer._forward_hooks) > 1 or has_hooks(_module_of(layer))):
             y = y.as_subclass(Tensor)  # others may change it

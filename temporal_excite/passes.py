@@ -1,9 +1,9 @@
 """Passes over full-size tensors, arranged for memory traffic.
 
 Each function has the value, and the gradient, of the plain line its docstring gives. In eager mode it blocks
-its loops so that intermediate results stay in cache and keeps nothing for backward but its inputs; a graph
-(``torch.compile``, ``torch.export``, tracing) gets the plain line, which a compiler fuses by itself, and so
-does a transformation of single operations (``torch.func``).
+its loops so that intermediate results stay in cache, and saves only its inputs for backward (:func:`excite`
+its result instead); a graph (``torch.compile``, ``torch.export``, tracing) gets the plain line, which a
+compiler fuses by itself, and so does a transformation of single operations (``torch.func``).
 """
 
 import sys
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import memory, ops, past
-from .again import Again, Input, autocast_of_now, check_version, computing, version_of
 from .ops import following, has_hooks, previous, read_as_called, to_clips, traced
+from .recomputation import Input, Recomputable, autocast_of_now, check_version, computing, version_of
 
 # bytes a pass works on at a time: smaller ones cost more calls than they spare traffic beyond the cache
 _BLOCK = 4 << 20
@@ -42,9 +42,9 @@ def recompute(method: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     if traced() or not torch.is_grad_enabled() or past.current():
         return method(x)
     parameters = [p for p in _parameters(module) if p.requires_grad]
-    if not needs_grad(x, *parameters) or not _repeats(module):
+    if not needs_grad(x, *parameters) or not _is_repeatable(module):
         return method(x)
-    return _noted(_Recompute.apply(method, _AsItWas(module), x, *parameters))
+    return _noted(_Recompute.apply(method, _Snapshot(module), x, *parameters))
 
 
 def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,7 +60,7 @@ def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 class _Recompute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, method: Any, module: "_AsItWas", x: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, method: Any, module: "_Snapshot", x: Tensor, *parameters: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         ctx.function, ctx.module, ctx.parameters = method.__func__, module, parameters
         ctx.autocast = autocast_of_now(x)
@@ -108,7 +108,7 @@ def _own_parameters(module: nn.Module) -> dict[str, Tensor | None]:
 _REPEATABLE = nn.Conv1d, nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity
 
 
-def _repeats(module: nn.Module) -> bool:
+def _is_repeatable(module: nn.Module) -> bool:
     """Whether running a copy gives the same result without side effects: all parts are of known classes, have
     no hooks, and hold nothing that others attached, such as FSDP's parameter views or replaced methods."""
     for part in module.modules():
@@ -123,7 +123,7 @@ def _repeats(module: nn.Module) -> bool:
     return True
 
 
-class _AsItWas:
+class _Snapshot:
     """A snapshot of a module: its parts, parameters, mode and options."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -151,7 +151,7 @@ def _copy(module: nn.Module, instead: Mapping[Tensor, Tensor]) -> nn.Module:
     return copy
 
 
-def lent(x: Tensor, y: Tensor) -> Tensor:
+def as_recomputable(x: Tensor, y: Tensor) -> Tensor:
     """``y``, computed from ``x`` by a temporal module, as the input of the next layer, whose convolution then
     saves how to recompute ``y`` instead of ``y``. Where that is not known, ``y`` itself."""
     if traced() or not (needs_grad(y) and _is_real(y)):
@@ -166,12 +166,13 @@ def lent(x: Tensor, y: Tensor) -> Tensor:
     else:
         return y
     given = y.as_subclass(Input)
-    given.again = Again(given, compute)
+    given.again = Recomputable(given, compute)
     return given
 
 
 def _noted(y: Tensor, again: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """``y``; its node then holds, for :func:`lent`, the version of ``y`` and how to compute it ``again``."""
+    """``y``; its node then holds the version of ``y`` and how to compute it ``again``, for
+    :func:`as_recomputable`."""
     node: Any = y.grad_fn
     node.version = y._version
     if again:
@@ -183,22 +184,22 @@ def _output_of(node: Any) -> Tensor:
     return _recomputed(node)[1].detach()
 
 
-def lent_by_norm(norm: nn.Module, x: Tensor, y: Tensor) -> None:
-    """Let :func:`sparing` save how to recompute ``y = norm(x)`` instead of ``y``."""
+def note_norm_output(norm: nn.Module, x: Tensor, y: Tensor) -> None:
+    """Let :func:`without_saving` save how to recompute ``y = norm(x)`` instead of ``y``."""
     if traced() or type(norm) is not nn.BatchNorm2d or not (needs_grad(x) and _is_real(y)):
         return
     if len(norm._forward_hooks) == 1 and not norm._forward_pre_hooks:  # but for the hook that asks
-        y.again = Again(y, computing(_runs_again(norm), x))  # type: ignore[attr-defined]
+        y.again = Recomputable(y, computing(_runs_again(norm), x))  # type: ignore[attr-defined]
 
 
-def sparing(y: Tensor) -> AbstractContextManager:
+def without_saving(y: Tensor) -> AbstractContextManager:
     """A context, for one operation, in which ``y`` is not saved for backward if it can be recomputed."""
-    again = None if traced() else Again.of(y)
+    again = None if traced() else Recomputable.of(y)
     return again.instead_of(y) if again else nullcontext()
 
 
 class ReLU(nn.ReLU):
-    """An in-place ReLU, whose result :func:`sparing` can recompute if it can recompute its input.
+    """An in-place ReLU, whose result :func:`without_saving` can recompute if it can recompute its input.
 
     A result that its hooks may hold has an attribute ``kept``: not to be overwritten.
     """
@@ -207,8 +208,8 @@ class ReLU(nn.ReLU):
         super().__init__(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        again = None if traced() else Again.of(x)
-        with sparing(x):
+        again = None if traced() else Recomputable.of(x)
+        with without_saving(x):
             y = super().forward(x)
         if again:
             again.changed(y, torch.relu_)
@@ -219,7 +220,7 @@ class ReLU(nn.ReLU):
 
 def _runs_again(module: nn.Module) -> Callable[[Tensor], Tensor]:
     """``module`` as it is now, without its hooks."""
-    as_it_was = _AsItWas(module)
+    as_it_was = _Snapshot(module)
 
     def run(x: Tensor) -> Tensor:
         result: Tensor = as_it_was.again({}).forward(x)
@@ -251,7 +252,7 @@ def _conv_of(x: Tensor, weight: Tensor, n_segment: int, offset: int) -> Tensor:
         check_version(weight, version)
         return _temporal_conv(x, weight, n_segment, offset, memory.empty_like)
 
-    with sparing(x):
+    with without_saving(x):
         return _noted(_TemporalConv.apply(x, weight, n_segment, offset), convolved)
 
 
@@ -441,7 +442,7 @@ def gate(y: Tensor, *gates: Tensor, reuse: bool = False) -> Tensor:
     if traced():
         return y * sum(gates[1:], gates[0]).to(y.dtype)
     if needs_grad(y, *gates):
-        with sparing(y):
+        with without_saving(y):
             return _noted(_Gate.apply(y, *gates), lambda y: gate(y, *gates))
     in_order = _is_channels_last(y) or y.is_contiguous()
     return _gate(y, gates, y if reuse and in_order else memory.empty_like(y, memory_format=_layout(y)))
@@ -514,7 +515,7 @@ def excite(x: Tensor, weight: Tensor, gate_of: Callable[[Tensor], Tensor]) -> Te
     ends: list[Tensor] = []
     squeezed, same = _Squeeze.apply(x, weight, ends)
     y: Tensor = _Excite.apply(same, gate_of(squeezed), ends)
-    if again := Again.of(x):
+    if again := Recomputable.of(x):
         # detached: y's own node leads to the layer that saves this, a reference cycle
         again.replaced(computing(lambda y: y, y.detach().requires_grad_()))
     return y

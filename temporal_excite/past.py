@@ -135,11 +135,11 @@ def blank_frame(model: nn.Module, frame_shape: Sequence[int]) -> Tensor:
     if len(frame_shape) != 3:
         raise ValueError(f"frame_shape must be (3, H, W), got {tuple(frame_shape)}")
     shape = [positive_int("frame_shape", n) for n in frame_shape]
-    device, dtype = kind_of(model)
+    device, dtype = device_and_dtype(model)
     return torch.zeros(1, *shape, device=device, dtype=dtype)
 
 
-def kind_of(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+def device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of the model's first parameter."""
     like = next(model.parameters(), None)
     return (torch.device("cpu"), torch.get_default_dtype()) if like is None else (like.device, like.dtype)

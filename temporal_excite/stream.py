@@ -12,7 +12,7 @@ from .classifier import VideoClassifier
 from .injection import sites
 from .modules.base import TemporalModule, is_causal
 from .ops import autocast_dtype, positive_int
-from .past import CHANGED, Step, blank_frame, check_evaluating, kind_of, rehearse
+from .past import CHANGED, Step, blank_frame, check_evaluating, device_and_dtype, rehearse
 
 State = dict[str, Tensor]
 """What a stream remembers: tensors whose dimension 0 is the stream, all zero before the first frame."""
@@ -212,9 +212,9 @@ class Stream:
                 )
 
     def _kind(self) -> tuple[torch.device, torch.dtype]:
-        """:func:`~.past.kind_of` the model."""
+        """:func:`~.past.device_and_dtype` the model."""
         like = self._first and self._first[0].get(self._first[1])
-        return kind_of(self.model) if like is None else (like.device, like.dtype)
+        return device_and_dtype(self.model) if like is None else (like.device, like.dtype)
 
     def _blanks(self, frame_shape: tuple[int, ...]) -> "_Blanks":
         device, dtype = self._kind()

@@ -198,7 +198,7 @@ class ME(Excitation):
         if self.fast and self.linear:
             with full_precision(x):
                 return self.motion_of_means(passes.nine_means(x), *x.shape[2:])
-        with passes.sparing(x):
+        with passes.without_saving(x):
             squeezed = squeeze(self.squeeze, x) if self.fast else self.squeeze(x)
         return self.motion_of_squeezed(squeezed)
 

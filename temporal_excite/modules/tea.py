@@ -178,9 +178,9 @@ class MTA(TemporalModule):
         for part, shift, conv, norm in zip(parts, self.shifts, self.convs, self.norms, strict=False):
             if outputs and not self.stage:
                 part = part + outputs[-1]
-            outputs.append(self.act(norm(conv(passes.lent(part, shift(part))))))
+            outputs.append(self.act(norm(conv(passes.as_recomputable(part, shift(part))))))
         if self.form == "released":
-            outputs.append(self.pool(passes.lent(plain, self.shifts[-1](plain))))
+            outputs.append(self.pool(passes.as_recomputable(plain, self.shifts[-1](plain))))
         else:
             outputs.insert(0, self.pool(plain))
         return torch.cat(outputs, dim=1)

@@ -169,7 +169,7 @@ def ignore_sigterm(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def let_go(error: BaseException) -> None:
+def clear_frames(error: BaseException) -> None:
     """Clear the stack frames of an error. Their variables would keep a DataLoader's workers alive, which
     ignore the SIGTERM that the interpreter sends at exit, and for which it would wait."""
     traceback.clear_frames(error.__traceback__)

@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader
 
 from ..classifier import VideoClassifier
 from .checkpoint import CheckpointError, ModelConfig, load_weights, read_checkpoint, save_checkpoint
-from .distributed import TrainBatches, World, ignore_sigterm, join_world, let_go, mix, on_sigterm
+from .distributed import TrainBatches, World, clear_frames, ignore_sigterm, join_world, mix, on_sigterm
 from .evaluate import Evaluation, evaluate
 from .optim import create_optimizer, create_schedule, freeze_batch_norm
-from .progress import RunLog, forget_after
+from .progress import RunLog, truncate_log
 from .recipes import Recipe
 
 AMP = {"off": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -121,7 +121,7 @@ def train(
     try:
         return run.fit(on_epoch)
     except BaseException as error:
-        let_go(error)
+        clear_frames(error)
         raise
     finally:
         run.log.close()
@@ -384,7 +384,7 @@ class _Run:
         self.epoch, self.updates, self.best = training["epoch"], training["updates"], training["best"]
         self.totals, self.reported = training["totals"], training["reported"]
         if self.world.main:
-            forget_after(self.output, self.updates, self.epoch)
+            truncate_log(self.output, self.updates, self.epoch)
 
 
 def _check(options: RunOptions, recipe: Recipe, world: World) -> None:

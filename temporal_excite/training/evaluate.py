@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .._extras import need
-from .distributed import World, ignore_sigterm, join_world, let_go
+from .distributed import World, clear_frames, ignore_sigterm, join_world
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +209,7 @@ def evaluate(
                 targets.append(target)
                 bar.update(world.size * len(target))
     except BaseException as error:
-        let_go(error)
+        clear_frames(error)
         raise
     finally:
         model.train(training)

@@ -94,7 +94,7 @@ def read_log(folder: str | Path, kind: str | None = None) -> list[dict[str, Any]
     return [line for line in lines if kind is None or line["kind"] == kind]
 
 
-def forget_after(folder: Path, step: int, epoch: int) -> None:
+def truncate_log(folder: Path, step: int, epoch: int) -> None:
     """Drop the log lines that a resumed run will write again: those of steps after its checkpoint, at
     ``step``, and of epochs from ``epoch`` on, which the checkpoint has not finished."""
     path = folder / "log.jsonl"

@@ -112,8 +112,8 @@ def test_networks_learn_the_same(backbone, module, monkeypatch):
     x = torch.randn(8, 3, 32, 32)
     model = te.inject(timm.create_model(backbone), module).train()
     spared = gradients(copy.deepcopy(model), x)
-    monkeypatch.setattr(passes, "lent", lambda x, y: y)
-    monkeypatch.setattr(passes, "lent_by_norm", lambda norm, x, y: None)
+    monkeypatch.setattr(passes, "as_recomputable", lambda x, y: y)
+    monkeypatch.setattr(passes, "note_norm_output", lambda norm, x, y: None)
     for found, expected in zip(spared, gradients(model, x), strict=True):
         assert torch.equal(found, expected)
 
@@ -131,11 +131,11 @@ def test_me_needs_its_result_alone(memory_format):
 def test_nothing_holds_the_output(monkeypatch):
     outputs = []
 
-    def watched(x, y, lent=passes.lent):
+    def watched(x, y, lent=passes.as_recomputable):
         outputs.append(weakref.ref(y))
         return lent(x, y)
 
-    monkeypatch.setattr(passes, "lent", watched)
+    monkeypatch.setattr(passes, "as_recomputable", watched)
     model = network()
     loss = model(torch.randn(8, 3, 6, 5, dtype=torch.float64)).sum()
     assert len(outputs) == 2
@@ -204,8 +204,8 @@ def test_backward_outside_of_autocast_runs_again_under_it(module, monkeypatch):
     for spare in (True, False):
         model = network(module, dtype=torch.float32, placement="loc4" if module == "tea_me" else "loc1")
         if not spare:
-            monkeypatch.setattr(passes, "lent", lambda x, y: y)
-            monkeypatch.setattr(passes, "lent_by_norm", lambda norm, x, y: None)
+            monkeypatch.setattr(passes, "as_recomputable", lambda x, y: y)
+            monkeypatch.setattr(passes, "note_norm_output", lambda norm, x, y: None)
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(x).float().square().sum()
         loss.backward()

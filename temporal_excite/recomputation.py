@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 from .ops import autocast_dtype
 
 
-class Again:
+class Recomputable:
     """How to recompute ``y`` when a backward pass needs it.
 
     Args:
@@ -61,9 +61,9 @@ class Again:
         return saved_tensors_hooks(pack, _unpack)
 
     @staticmethod
-    def of(y: Any) -> "Again | None":
+    def of(y: Any) -> "Recomputable | None":
         """How to recompute ``y``; None where that is unknown or ``y`` has been modified in place since."""
-        again: Again | None = getattr(y, "again", None)
+        again: Recomputable | None = getattr(y, "again", None)
         return again if again and again._version == y._version else None
 
     def value(self) -> Tensor:
@@ -82,7 +82,7 @@ class Again:
 
 def _unpack(packed: tuple[Any, ...]) -> Tensor:
     kept, *rest = packed
-    if isinstance(kept, Again):
+    if isinstance(kept, Recomputable):
         return kept.value().as_strided(*rest)
     check_version(kept, rest[0])  # autograd does not check tensors that hooks packed
     saved: Tensor = kept
@@ -101,7 +101,7 @@ def check_version(x: Tensor, version: int) -> None:
 class Input(Tensor):
     """The input of a layer, with what is known of how it was computed."""
 
-    again: Again | None = None
+    again: Recomputable | None = None
     """What a convolution or average pooling saves instead of it."""
     rectified: int | None = None
     """The version (:func:`version_of`) at which nothing is negative: an in-place ReLU then does nothing."""
@@ -117,7 +117,7 @@ class Input(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func is F.relu and (kwargs or {}).get("inplace") and _is_rectified(first):
                 return first.as_subclass(Tensor)
-            again = Again.of(first) if func in (F.conv2d, F.avg_pool2d) else None
+            again = Recomputable.of(first) if func in (F.conv2d, F.avg_pool2d) else None
             with again.instead_of(first) if again else nullcontext():
                 return func(*args, **(kwargs or {}))
 
