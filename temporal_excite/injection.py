@@ -323,6 +323,7 @@ def eject(model: Model) -> Model:
         The same model.
 
     Raises:
+        TypeError: ``model`` is not a module.
         RuntimeError: the model holds none.
     """
     check_model(model)
@@ -373,6 +374,7 @@ def sites(
             in eval mode; it is run on one frame.
 
     Raises:
+        TypeError: ``model`` is not a module.
         ValueError: with ``frame_shape``, a two-sided module or a shape that is not ``(3, H, W)``.
         RuntimeError: with ``frame_shape``, a model in training mode.
     """

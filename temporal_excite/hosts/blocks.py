@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 PLACEMENTS = ("loc1", "loc2", "loc3", "loc4")
+"""The points of a block, from its start to its end (ACTION-Net, supplement B); see :class:`Host`."""
 
 
 @dataclass(frozen=True)

@@ -205,8 +205,8 @@ class ME(Excitation):
     def motion_of_squeezed(self, squeezed: Tensor) -> Tensor:
         """The pooled motion F of ``squeeze(x)``."""
         if self.fast:
-            # The gradient of the means is the same at most positions, and the batch norm's is what remains
-            # without its mean: PyTorch sums that in channels_last on a CPU to three digits alone
+            # The gradient of the means is the same at most positions: of the squeeze's only a small rest is
+            # left, for which PyTorch's batch norm on a CPU sums too inexactly in channels_last
             squeezed = squeezed.contiguous()
         features = self.norm(squeezed)
         if self.fast and read_as_called(self.transform):

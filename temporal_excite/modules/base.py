@@ -86,6 +86,9 @@ def set_fast(model: Model, fast: bool) -> Model:
 
     Returns:
         The same model.
+
+    Raises:
+        TypeError: ``model`` is not a module.
     """
     check_model(model)
     for module in model.modules():

@@ -23,7 +23,7 @@ def register_module(name: str, factory: ModuleFactory) -> None:
     :class:`~temporal_excite.modules.TemporalModule` and gets earlier frames from its ``past``.
 
     Raises:
-        TypeError: the factory cannot be called.
+        TypeError: the factory cannot be called, or the name is not a string.
         ValueError: the name is taken.
     """
     _check_entry(name, factory)
@@ -36,7 +36,7 @@ def register_network(name: str, plan: NetworkPlan) -> None:
     For networks that need several modules in a block, or different ones in different blocks.
 
     Raises:
-        TypeError: the plan cannot be called.
+        TypeError: the plan cannot be called, or the name is not a string.
         ValueError: the name is taken.
     """
     _check_entry(name, plan)

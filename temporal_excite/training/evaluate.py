@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .._extras import need
+from ..ops import positive_int
 from .distributed import World, clear_frames, ignore_sigterm, join_world
 
 logger = logging.getLogger(__name__)
@@ -181,11 +182,12 @@ def evaluate(
         progress: show a bar.
 
     Raises:
-        ValueError: ``batch_size`` is below 1, the data set is empty, or none of its videos could be read.
+        ValueError: ``batch_size`` or ``views`` is below 1, the data set is empty, or none of its videos could
+            be read.
         FloatingPointError: the model's scores are not finite.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    for name, value in (("batch_size", batch_size), ("views", views)):
+        positive_int(name, value)
     world = world or join_world("cpu")
     count = len(dataset) if isinstance(dataset, Sized) else 0
     if not count:

@@ -449,3 +449,4 @@ FORMATS: dict[str, Callable[[_Source], _Result]] = {
     "ucf101": _ucf101,
     "hmdb51": _hmdb51,
 }
+"""The formats of :func:`read_annotations`, and their readers."""
