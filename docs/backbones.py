@@ -48,7 +48,8 @@ TAIL = """
   module goes with the layer it was put on: afterwards the wrapper's own branch would see what the module has not.
 - `torch.ao.quantization.fuse_modules` keeps the modules. Passes over `torch.fx` graphs that put other layers in the place of
   convolutions and norms (`torch.fx.experimental.optimization.fuse`, `quantize_fx`) do not see the modules on them and lose
-  them without a word: use `torch.export`.
+  them without a word: use `torch.export`. Symbolic tracing (torchvision's `create_feature_extractor`) fails where a module
+  is on a layer that it traces through: use timm's `features_only=True` or `forward_intermediates`.
 - `torch.jit.script` does not take networks with Python hooks; `torch.compile` and `torch.export` do.
 - `torch.export` of networks for any number of clips: trace two or more, of one it makes a constant. With
   `dynamic_shapes=({0: 8 * torch.export.Dim("clips", min=1, max=64)},)` the program then takes 1 to 64 clips of 8 frames
