@@ -894,6 +894,7 @@ def test_class_folders(tmp_path):
         (("1", "2"), "plain", {}),
         (("G05", "G06", "B0A"), "auto", None),
         (("class_05", "class_06"), "auto", None),
+        (("left1", "right1"), "auto", {0: 1, 1: 0}),
         (("wave", "2"), "auto", {}),
         (("Swiping Left", "Swiping Right"), "auto", {0: 1, 1: 0}),
     ],

@@ -162,14 +162,16 @@ def train_dataset(
     codes ("7", "G05", "class_07"), which do not say, and "plain" elsewhere.
     """
     if flip == "auto":
-        if all(_CODE.fullmatch(name) for name in config.labels):
+        if flip_pairs(config.labels):
+            flip = "swap"
+        elif all(_CODE.fullmatch(name) for name in config.labels):
             logger.warning(
                 "the class names are numbers or codes and do not say left or right: no clip is mirrored; "
                 "--flip plain mirrors"
             )
             flip = "none"
         else:
-            flip = "swap" if flip_pairs(config.labels) else "plain"
+            flip = "plain"
     transform = train_transform(
         config.crop,
         flip=flip,
