@@ -522,7 +522,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)} with a small budget")
     parser.add_argument("--jobs", type=positive, default=1, help="processes, each with one thread")
     args = parser.parse_args()
-    if not (args.only_data or args.quick or 1 <= args.batch_size <= args.clips * len(LABELS)):
+    if not (args.only_data or args.quick or args.batch_size <= args.clips * len(LABELS)):
         parser.error(
             f"--batch-size must be 1 to {args.clips * len(LABELS)}, all clips; got {args.batch_size}"
         )

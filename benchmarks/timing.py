@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from temporal_excite.visual.pictures import PICTURES
+
 
 def layout(options: argparse.Namespace) -> torch.memory_format:
     """What ``--channels-last`` asks for."""
@@ -46,8 +48,8 @@ def picture_file(name: str) -> Path:
     if importlib.util.find_spec("matplotlib") is None:
         raise argparse.ArgumentTypeError('needs matplotlib: pip install -e ".[plot]"')
     path = output_file(name)
-    if path.suffix not in (known := (".png", ".pdf", ".svg", ".jpg")):
-        raise argparse.ArgumentTypeError(f"the ending must be one of {', '.join(known)}, got {name}")
+    if path.suffix not in PICTURES:
+        raise argparse.ArgumentTypeError(f"the ending must be one of {', '.join(PICTURES)}, got {name}")
     return path
 
 

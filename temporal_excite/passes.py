@@ -208,12 +208,14 @@ class ReLU(nn.ReLU):
         super().__init__(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        again = None if traced() else Recomputable.of(x)
+        if traced():
+            return super().forward(x)
+        again = Recomputable.of(x)
         with without_saving(x):
             y = super().forward(x)
         if again:
             again.changed(y, torch.relu_)
-        if not traced() and has_hooks(self):
+        if has_hooks(self):
             y.kept = True  # type: ignore[attr-defined]
         return y
 

@@ -14,7 +14,7 @@ from shapes import meta_model, meta_run
 from torch import nn
 
 import temporal_excite as te
-from temporal_excite.hosts import PLACEMENTS, find_blocks, known_hosts
+from temporal_excite.hosts import PLACEMENTS, blocks, find_blocks, known_hosts
 from temporal_excite.hosts.blocks import host_of
 
 SITES = json.loads((Path(__file__).parent / "timm_sites.json").read_text())
@@ -305,16 +305,11 @@ class MixedBlock(nn.Module):
 
 
 @pytest.fixture
-def my_hosts():
-    before = known_hosts()
+def my_hosts(monkeypatch):
+    monkeypatch.setattr(blocks, "_HOSTS", known_hosts())
     te.register_host(MyBlock, loc1="pre:conv", loc2="out:conv", loc4="out:norm", live="skip")
     te.register_host(MixedBlock, loc1="pre:conv")
     te.register_host(Mixed, loc1="pre:")
-    yield
-    from temporal_excite.hosts import blocks
-
-    blocks._HOSTS.clear()
-    blocks._HOSTS.update(before)
 
 
 def test_register_host(my_hosts):

@@ -524,7 +524,7 @@ def test_models_must_be_modules(function):
         function("resnet18")
 
 
-def test_layers_called_by_keyword():
+def test_layers_called_by_keyword(monkeypatch):
     class Keyword(nn.Module):
         def __init__(self, channels):
             super().__init__()
@@ -533,16 +533,12 @@ def test_layers_called_by_keyword():
         def forward(self, x):
             return x + self.conv(input=x)
 
-    before = hosts.known_hosts()
+    monkeypatch.setattr(hosts, "_HOSTS", hosts.known_hosts())
     te.register_host(Keyword, loc1="pre:conv", loc4="out:conv")
-    try:
-        model = te.inject(nn.Sequential(Keyword(8)), "tsm", T)
-        with pytest.raises(TypeError, match="Conv2d is called with keyword arguments alone"):
-            model(torch.rand(T, 8, 4, 4))
-        te.inject(te.eject(model), "tsm", T, placement="loc4")(torch.rand(T, 8, 4, 4))
-    finally:
-        hosts._HOSTS.clear()
-        hosts._HOSTS.update(before)
+    model = te.inject(nn.Sequential(Keyword(8)), "tsm", T)
+    with pytest.raises(TypeError, match="Conv2d is called with keyword arguments alone"):
+        model(torch.rand(T, 8, 4, 4))
+    te.inject(te.eject(model), "tsm", T, placement="loc4")(torch.rand(T, 8, 4, 4))
 
 
 @pytest.mark.parametrize("position", ["pre", "out", "around", "instead"])
@@ -563,17 +559,13 @@ def test_every_position_gives_modules_channels_first(position, monkeypatch):
     def plan(blocks, n_segment):
         return [Insertion(block, f"{position}:fc", "mine", Noted()) for block in blocks]
 
-    before = hosts.known_hosts()
+    monkeypatch.setattr(hosts, "_HOSTS", hosts.known_hosts())
     te.register_host(ChannelsLast, loc1="pre:fc", nhwc=True)
     monkeypatch.setitem(registry._NETWORKS, "mine", plan)
-    try:
-        model = te.inject(nn.Sequential(ChannelsLast()), "mine", T)
-        assert model(torch.rand(T, 5, 6, 8)).shape == (T, 5, 6, 8)
-        shapes = te.sites(model)[0].module.shapes
-        assert shapes == [(T, 8, 5, 6)] * (2 if position == "around" else 1)
-    finally:
-        hosts._HOSTS.clear()
-        hosts._HOSTS.update(before)
+    model = te.inject(nn.Sequential(ChannelsLast()), "mine", T)
+    assert model(torch.rand(T, 5, 6, 8)).shape == (T, 5, 6, 8)
+    shapes = te.sites(model)[0].module.shapes
+    assert shapes == [(T, 8, 5, 6)] * (2 if position == "around" else 1)
 
 
 def test_stages_from_an_iterator():

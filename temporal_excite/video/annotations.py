@@ -5,7 +5,7 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,10 +152,14 @@ def read_labels(path: str | Path) -> list[str]:
             names = [numbers[i] for i in sorted(numbers)]
     if not names:
         raise ValueError(f"{path}: lists no class names")
-    doubled = next((name for i, name in enumerate(names) if name in names[:i]), None)
-    if doubled is not None:
+    if (doubled := _doubled(names)) is not None:
         raise ValueError(f"{path}: the class {doubled!r} is listed twice")
     return names
+
+
+def _doubled(names: Iterable[str]) -> str | None:
+    """The first name that comes more than once."""
+    return next((name for name, times in Counter(names).items() if times > 1), None)
 
 
 def _text(path: Path) -> str:
@@ -287,8 +291,7 @@ def _id_and_number(source: _Source) -> _Result:
         if names.setdefault(label, row["label"]) != row["label"]:
             raise source.error(line, f"label {label} is {row['label']!r} here and {names[label]!r} elsewhere")
         records.append(Record(source.root / (row["video_id"] + (source.suffix or "")), label))
-    if len(set(names.values())) < len(names):
-        doubled = next(name for name, times in Counter(names.values()).items() if times > 1)
+    if (doubled := _doubled(names.values())) is not None:
         raise ValueError(f"{source.path}: the class {doubled!r} has two numbers")
     missing = next((i for i in range(len(names)) if i not in names), None)
     if missing is not None:
