@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache
+from itertools import accumulate
 from typing import Any, TypeGuard
 
 import torch
@@ -12,6 +14,9 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+
+_HAS_AVX = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+_ROWS = 1 << 17  # of a table's rows, to list at a time
 
 _countable = False
 _PROXY = torch._C._TorchDispatchModeKey.PROXY  # of make_fx
@@ -237,6 +242,15 @@ def nine_means(x: Tensor) -> Tensor:
         return torch.stack([spatial_mean(part) for part in nine_parts(x)])
     height, width = x.shape[2:]
     kind = torch.promote_types(x.dtype, torch.float32)
+    if has_fast_rows(x):
+        by_rows = None
+        if x.is_contiguous() and height * width > 1 << 6 and width > 1:
+            by_rows, rows = _nine_means_of_maps, x.shape[1] * height
+        elif x.is_contiguous(memory_format=torch.channels_last):
+            by_rows, rows = _nine_means_of_pixels, height * width
+        if by_rows:
+            found = [by_rows(frames) for frames in x.split(max(1, _ROWS // rows))]
+            return torch.cat(found, 1) if len(found) > 1 else found[0]
     if not traced() and x.device.type == "cpu" and _has_short_product(x, kind):
         weights = constant(mean_weights, height, width, x, kind)
         products = torch.bmm(weights.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2).to(kind))
@@ -249,6 +263,65 @@ def nine_means(x: Tensor) -> Tensor:
     # each by itself: of two columns at once each thread would take one, of all frames
     means += [x[..., j].mean(2, dtype=kind) for j in (0, -1)]
     return torch.stack(means + [x[:, :, i, j] for i in (0, -1) for j in (0, -1)])
+
+
+def sums_of_rows(table: Tensor, rows: Tensor, starts: Tensor, weights: Tensor | None = None) -> Tensor:
+    """``sum_k weights[k] table[rows[k]]`` over each of the stretches of k that begin at ``starts``, which
+    ends with the number of k: one pass, in which PyTorch gathers, weighs and adds."""
+    return torch.embedding_bag(table, rows, starts, False, 0, False, weights, True)[0]
+
+
+def has_fast_rows(x: Tensor) -> bool:
+    """Whether :func:`sums_of_rows` is fast for ``x``: float32 on an x86 CPU."""
+    plain = type(x) is Tensor and x.is_cpu and not traced()
+    return _HAS_AVX and plain and x.dtype == torch.float32 and x.numel() > 0
+
+
+def _nine_means_of_maps(x: Tensor) -> Tensor:
+    """:func:`nine_means` of contiguous maps: of each the sum of all rows, the first row and the last; of
+    these the sums of their elements, the first elements and the last."""
+    count, channels, height, width = len(x), *x.shape[1:]
+    sums = sums_of_rows(x.view(-1, width), *_rows_of_maps(count * channels, height))
+    sums = sums.view(count, channels, 3, width)
+    sums = torch.cat((sums.sum(3), sums[..., :: width - 1].flatten(2)), 2)
+    return (sums * constant(_part_weights, height, width, x, x.dtype)).permute(2, 0, 1)
+
+
+def _nine_means_of_pixels(x: Tensor) -> Tensor:
+    """:func:`nine_means` in channels_last, where the channels of a pixel are a row: sums of nine choices."""
+    count, channels, height, width = x.shape
+    sums = sums_of_rows(x.permute(0, 2, 3, 1).view(-1, channels), *_pixels_of_parts(count, height, width))
+    weights = constant(_part_weights, height, width, x, x.dtype)
+    return (sums.view(count, 9, channels) * weights.T).transpose(0, 1)
+
+
+def _part_weights(height: int, width: int) -> list[list[float]]:
+    """What turns the sums over the nine parts of a map into means, as one row."""
+    return [[1 / ((1 if i else height) * (1 if j else width)) for i, j in _PARTS]]
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _rows_of_maps(count: int, height: int) -> tuple[Tensor, Tensor]:
+    """All rows of a map, the first and the last, for each map; and where these begin and end."""
+    return _repeated([list(range(height)), [0], [height - 1]], count, height)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _pixels_of_parts(count: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """The pixels of the nine parts of a map, for each map; and where these begin and end."""
+    pixels = torch.arange(height * width, device="cpu").view(1, 1, height, width)
+    return _repeated([part.flatten().tolist() for part in nine_parts(pixels)], count, height * width)
+
+
+def _repeated(choices: list[list[int]], count: int, period: int) -> tuple[Tensor, Tensor]:
+    """Choices of the first ``period`` rows, the same of each further ``period``; ``count`` times in all."""
+    kind: Any = {"dtype": torch.int32, "device": "cpu"}
+    each = torch.arange(count, **kind).unsqueeze(1)
+    rows = each * period + torch.tensor([row for choice in choices for row in choice], **kind)
+    starts = torch.tensor([0, *accumulate(map(len, choices))], **kind)
+    return rows.flatten(), torch.cat(((each * rows.shape[1] + starts[:-1]).flatten(), starts[-1:] * count))
 
 
 def _has_short_product(x: Tensor, kind: torch.dtype) -> bool:

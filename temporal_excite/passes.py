@@ -6,13 +6,11 @@ its result instead); a graph (``torch.compile``, ``torch.export``, tracing) gets
 compiler fuses by itself, and so does a transformation of single operations (``torch.func``).
 """
 
-import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, partial, wraps
 from math import gcd
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +24,9 @@ from .recomputation import Input, Recomputable, autocast_of_now, check_version, 
 # bytes a pass works on at a time: smaller ones cost more calls than they spare traffic beyond the cache
 _BLOCK = 4 << 20
 _LINE = 2048  # elements of a line in channels_last
-# bytes of a result that may be fresh memory; in larger ones page faults cost more than an operation spares
+# bytes of a result that may be fresh memory; in larger ones page faults cost more than copying from cache
 _FRESH = 8 << 20
-_HAS_AVX = torch.backends.cpu.get_cpu_capability().startswith("AVX")
-_HAS_SPARSE_PRODUCTS = sys.platform == "linux" and torch.backends.mkl.is_available()
+_PART = 1 << 20  # bytes of a result made of rows at a time
 
 
 def recompute(method: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -273,7 +270,7 @@ def _temporal_conv(
         taps = taps.clone(memory_format=torch.contiguous_format).flatten(2).unsqueeze(2)
     else:
         if _in_rows(x):
-            return _sums_of_rows(x, weight, n_segment, offset, empty_like)
+            return RowConv(x, weight, n_segment, offset).result(empty_like)
         y = empty_like(x, memory_format=torch.contiguous_format)
         source, target = x.flatten(2), y.flatten(2)
         taps = _taps_of_frames(weight, x.shape[1]).unsqueeze(3)
@@ -302,68 +299,121 @@ def _taps_of_frames(weight: Tensor, channels: int) -> Tensor:
 def _pixels_of_line(size: int, channels: int) -> int:
     """How many of ``size`` pixels to multiply at a time: with one the loops would be short, with many the
     repeated taps would not stay in the fastest cache."""
-    return max(k for k in range(1, max(1, _LINE // channels) + 1) if size % k == 0)
+    return _largest_divisor(size, _LINE // channels)
 
 
 def _in_rows(x: Tensor) -> bool:
-    """Whether :func:`_sums_of_rows` takes ``x``: float32 on an x86 CPU, where its operations are fast,
-    and not too many maps, each in one piece."""
+    """Whether :class:`RowConv` takes ``x``: where it is fast, and not too many maps, each in one piece."""
     frames, channels, height, width = x.shape
     pitch, *strides = x.stride()
     return (
-        _HAS_AVX
-        and x.dtype == torch.float32
-        and x.is_cpu
-        and type(x) is Tensor
-        and x.numel() > 0
-        and (x.nbytes <= _FRESH or _HAS_SPARSE_PRODUCTS)
+        ops.has_fast_rows(x)
         and 3 * frames * channels <= 1 << 17
         and strides == [height * width, width, 1]
         and pitch % (height * width) == 0
     )
 
 
-def _sums_of_rows(
-    x: Tensor, weight: Tensor, n_segment: int, offset: int, empty_like: Callable[..., Tensor]
-) -> Tensor:
-    """:func:`_temporal_conv`: a map of the result is the weighted sum of up to three rows of a table.
+class RowConv:
+    """:func:`_temporal_conv` of maps in one piece: a map of the result is the weighted sum of up to three
+    rows of a table. Where ``x`` is contiguous it can be averaged, and gated part by part, before it is
+    stored."""
 
-    ``weight`` is of each channel, or of each channel of each frame.
-    """
-    frames, channels, height, width = x.shape
-    size = height * width
-    pitch = x.stride(0) // size
-    table = x.as_strided(((frames - 1) * pitch + channels, size), (size, 1))
-    starts, rows, taps = _terms(frames, channels, n_segment, offset, pitch, weight.numel() > 3 * channels)
-    weights = weight.reshape(-1).index_select(0, taps)
-    if x.nbytes <= _FRESH:
-        sums: Tensor = torch.embedding_bag(table, rows, starts, False, 0, False, weights, True)[0]
-        return sums.resize_(x.shape)  # no view: what follows may change it in place
-    shape = frames * channels, len(table)
-    matrix = torch.sparse_csr_tensor(starts, rows, weights, shape, device=x.device, check_invariants=False)
-    y = empty_like(x, memory_format=torch.contiguous_format)
-    sums = y.view(-1, size)
-    torch.addmm(sums, matrix, table, beta=0, out=sums)
-    return y
+    def __init__(self, x: Tensor, weight: Tensor, n_segment: int, offset: int) -> None:
+        frames, channels, height, width = x.shape
+        self.x, self.size = x, height * width
+        pitch = x.stride(0) // self.size
+        self.table = x.as_strided(((frames - 1) * pitch + channels, self.size), (self.size, 1))
+        self.terms = frames, channels, n_segment, offset, pitch, weight.numel() > 3 * channels
+        self.starts, self.rows, taps = _terms(*self.terms)
+        self.weights = weight.reshape(-1).index_select(0, taps)
+
+    def result(self, empty_like: Callable[..., Tensor], *gates: Tensor) -> Tensor:
+        """The convolution, multiplied by the sum of the gates."""
+        x = self.x
+        if x.nbytes <= _FRESH and not gates:
+            sums = ops.sums_of_rows(self.table, self.rows, self.starts, self.weights)
+            return sums.resize_(x.shape)  # no view: what follows may change it in place
+        y = empty_like(x, memory_format=torch.contiguous_format)
+        parts = _parts(max(1, _PART // (4 * self.size)), *self.terms)
+        weights = self.weights.split([len(rows) for rows, _ in parts.terms])
+        targets = y.view(-1, *parts.maps, self.size)
+        each = [_by_parts(gate.flatten(2), parts) for gate in gates]
+        for (rows, starts), weight, target, *here in zip(parts.terms, weights, targets, *each, strict=True):
+            sums = ops.sums_of_rows(self.table, rows, starts, weight).view(target.shape)
+            if not gates:
+                target.copy_(sums)
+            else:
+                torch.mul(sums, torch.add(*here) if len(here) > 1 else here[0], out=target)
+        return y
+
+    def of_means(self, means: Tensor) -> Tensor:
+        """Its means over some positions, given those of ``x``, ``(K, N*T, C)``: these, convolved."""
+        means = means.permute(1, 2, 0)
+        sums = ops.sums_of_rows(means.flatten(0, 1).contiguous(), self.rows, self.starts, self.weights)
+        return sums.view(means.shape).permute(2, 0, 1)
+
+    def channel_mean(self) -> Tensor:
+        """Its mean over the channels, ``(N*T, 1, H, W)``."""
+        frames, channels, height, width = self.x.shape
+        sums = ops.sums_of_rows(self.table, self.rows, self.starts[::channels].contiguous(), self.weights)
+        return sums.div_(channels).view(frames, 1, height, width)
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _terms(
     frames: int, channels: int, n_segment: int, offset: int, pitch: int, framewise: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """For :func:`_sums_of_rows`: where the terms of each sum start, of which rows, with which taps."""
-    with torch.inference_mode(False), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.sparse_csr_tensor([0, 0], [], [], (1, 1), device="cpu")  # the first one warns: in beta
-        frame = torch.arange(frames, dtype=torch.int32, device="cpu").view(-1, 1, 1)
-        channel = torch.arange(channels, dtype=torch.int32, device="cpu").view(-1, 1)
-        tap, ahead = torch.tensor(list(_steps(offset)), dtype=torch.int32, device="cpu").T
-        meets = frame % n_segment + ahead
-        meets = ((meets >= 0) & (meets < n_segment)).expand(-1, channels, -1)
-        rows, taps = (frame + ahead) * pitch + channel, channel * 3 + tap
-        taps = taps + frame * (3 * channels if framewise else 0)
-        ends = meets.sum(2, dtype=torch.int32).flatten().cumsum(0, dtype=torch.int32)
-        return F.pad(ends, (1, 0)), rows[meets], taps[meets]
+    """For :class:`RowConv`: where the terms of each sum start, and end; of which rows, with which taps."""
+    frame = torch.arange(frames, dtype=torch.int32, device="cpu").view(-1, 1, 1)
+    channel = torch.arange(channels, dtype=torch.int32, device="cpu").view(-1, 1)
+    tap, ahead = torch.tensor(list(_steps(offset)), dtype=torch.int32, device="cpu").T
+    meets = frame % n_segment + ahead
+    meets = ((meets >= 0) & (meets < n_segment)).expand(-1, channels, -1)
+    rows, taps = (frame + ahead) * pitch + channel, channel * 3 + tap
+    taps = taps + frame * (3 * channels if framewise else 0)
+    ends = meets.sum(2, dtype=torch.int32).flatten().cumsum(0, dtype=torch.int32)
+    return F.pad(ends, (1, 0)), rows[meets], taps[meets]
+
+
+class _Parts(NamedTuple):
+    """Equal parts of the maps of a result: whole frames, or so many of a frame's channels."""
+
+    maps: tuple[int, int]
+    """Frames and channels of a part."""
+    terms: list[tuple[Tensor, Tensor]]
+    """For each part the rows of its terms, and where those of each map start and end."""
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _parts(maps: int, frames: int, channels: int, *options: int) -> _Parts:
+    """For :class:`RowConv`: parts of about that many maps."""
+    starts, rows, _ = _terms(frames, channels, *options)
+    at_once = _largest_divisor(frames, maps // channels)
+    share = _largest_divisor(channels, maps)
+    if 4 * share < min(maps, channels):  # an awkward number: too many parts
+        share = channels
+    terms = []
+    for first in range(0, frames * channels, at_once * share):
+        of_part = starts[first : first + at_once * share + 1]
+        terms.append((rows[of_part[0] : of_part[-1]], of_part - of_part[0]))
+    return _Parts((at_once, share), terms)
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor up to the limit, at least 1."""
+    return max(k for k in range(1, max(1, min(number, limit)) + 1) if number % k == 0)
+
+
+def _by_parts(gate: Tensor, parts: _Parts) -> list[Tensor]:
+    """What each part of the maps is multiplied with, of a gate ``(N*T, C, 1)`` or ``(N*T, 1, H*W)``."""
+    frames, channels = parts.maps
+    if gate.shape[1] > 1:
+        return list(gate.view(-1, frames, channels, gate.shape[2]))
+    of_frames = gate.view(-1, frames, 1, gate.shape[2])
+    return [gate for gate in of_frames for _ in range(len(parts.terms) // len(of_frames))]
 
 
 class _TemporalConv(torch.autograd.Function):
@@ -492,6 +542,15 @@ def _sums_of_products(grad: Tensor, y: Tensor, gates: Sequence[Tensor]) -> list[
         for d, out in zip(dims, outs, strict=True):
             torch.sum(product, d, keepdim=True, dtype=out.dtype, out=out)
     return sums
+
+
+def row_conv(x: Tensor, weight: Tensor, n_segment: int, causal: bool) -> RowConv | None:
+    """:func:`temporal_conv` before it is stored, of contiguous frames, where no gradient is wanted; None
+    where it is not computed by rows."""
+    plain = not (traced() or torch.is_grad_enabled() or past.current())
+    if not plain or weight.dtype != x.dtype or not x.is_contiguous() or not _in_rows(x):
+        return None
+    return RowConv(x, weight, n_segment, -1 if causal else 0)
 
 
 def has_excite(x: Tensor, squeeze: nn.Module) -> bool:

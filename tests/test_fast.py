@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import temporal_excite as te
-from temporal_excite import ops, passes
+from temporal_excite import memory, ops, passes
 from temporal_excite.modules.tea import MotionExcitation
 from temporal_excite.ops import coefficients, nine_means, nine_parts
 
@@ -30,15 +30,18 @@ MODULES = {
 
 
 def build(name, channels, n_segment, dtype=torch.float64):
-    """A module with nothing at a special value."""
-    module = MODULES[name](channels, n_segment)
+    return randomise(MODULES[name](channels, n_segment)).to(dtype)
+
+
+def randomise(module):
+    """Nothing at a special value."""
     with torch.no_grad():
         for tensor in module.parameters():
             tensor.normal_(std=0.5)
         for tensor in module.buffers():
             if tensor.is_floating_point():
                 tensor.uniform_(0.5, 1.5)
-    return module.to(dtype)
+    return module
 
 
 def frames(shape, layout, dtype=torch.float64):
@@ -97,6 +100,51 @@ def test_equals_the_published_form(name, channels, n_segment, clips, height, wid
     assert all(torch.equal(p, q) for p, q in zip(before, module.parameters(), strict=True))
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(*(st.integers(1, top) for top in (3, 5, 36, 14, 14))),
+    paths=st.sets(st.sampled_from(["ste", "ce", "me"]), min_size=1),
+    options=st.fixed_dictionaries({k: st.booleans() for k in ("causal", "identity_start", "relu", "norm")}),
+    layout=st.sampled_from(["contiguous", "channels_last", "sliced"]),
+    small=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_float32_equals_the_published_form(shape, paths, options, layout, small, seed):
+    """Without gradients float32 takes ways of its own, and large frames are cut into parts."""
+    torch.manual_seed(seed)
+    clips, n_segment, channels, height, width = shape
+    module = randomise(te.ActionModule(channels, n_segment, paths=tuple(paths), **options)).float().eval()
+    x = frames((clips * n_segment, channels, height, width), layout, torch.float32)
+    weights = {p: p.detach().clone() for p in module.parameters()}
+    with torch.no_grad():
+        exact = te.set_fast(copy.deepcopy(module).double(), False)(x.double())
+        with (
+            patch.object(passes, "_PART", height * width * 20 if small else passes._PART),
+            patch.object(ops, "_ROWS", 40 if small else ops._ROWS),
+        ):
+            found = module(x)
+    assert relative(found.double(), exact) < 1e-6 * (1 + 1e3 * (exact.norm() == 0))
+    assert not found._is_view()
+    assert all(torch.equal(p, kept) for p, kept in weights.items())
+
+
+@pytest.mark.parametrize("paths", [("ste",), ("ce",), ("ste", "ce", "me")])
+def test_the_shift_is_not_stored_where_nothing_needs_it(paths):
+    module, x = te.ActionModule(16, 4, paths=paths).eval(), torch.randn(8, 16, 9, 8)
+    if not ops.has_fast_rows(x):
+        pytest.skip("float32 is not fast by rows here")
+    forward = te.TemporalConv.forward
+    watched = patch.object(te.TemporalConv, "forward", autospec=True, side_effect=forward)
+    with torch.no_grad(), watched as shift:
+        expected = te.set_fast(module, False)(x)
+        assert shift.call_count == 1
+        torch.testing.assert_close(te.set_fast(module, True)(x), expected)
+        assert shift.call_count == 1
+        module.shift.register_forward_hook(lambda layer, args, y: y * 2)  # which asks for the shift's output
+        torch.testing.assert_close(module(x), te.set_fast(module, False)(x))
+        assert shift.call_count == 3
+
+
 @pytest.mark.parametrize("kind", [te.ME, MotionExcitation])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_gradients_of_float32_in_training(kind, layout):
@@ -130,10 +178,12 @@ def test_nine_means_tell_the_mean_of_a_convolution(height, width):
     assert torch.allclose(found, expected, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("rows", [1, 200, ops._ROWS])
 @pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
-@pytest.mark.parametrize("height, width", [(1, 1), (1, 40), (50, 1), (4, 7), (33, 32)])
-def test_nine_means_are_those_of_their_parts(height, width, layout, many):
+@pytest.mark.parametrize("height, width", [(1, 1), (1, 40), (50, 1), (1, 80), (80, 1), (4, 7), (33, 32)])
+def test_nine_means_are_those_of_their_parts(height, width, layout, many, rows, monkeypatch):
+    monkeypatch.setattr(ops, "_ROWS", rows)
     channels = (1 << 20) // (9 * height * width) + 1 if many else 3
     x = frames((9, channels, height, width), layout, torch.float32)
     means = torch.stack([part.double().mean((2, 3)) for part in nine_parts(x)])
@@ -146,11 +196,13 @@ def test_nine_means_are_those_of_their_parts(height, width, layout, many):
     layout=st.sampled_from(["contiguous", "sliced", "channels_last"]),
     causal=st.booleans(),
     large=st.booleans(),
+    part=st.sampled_from([1, 200, 1000]),
     seed=st.integers(0, 99),
 )
-def test_temporal_convolution_of_small_whole_numbers(shape, layout, causal, large, seed):
+def test_temporal_convolution_of_small_whole_numbers(shape, layout, causal, large, part, seed):
     """Nothing is rounded in float32, which takes ways of its own; large results take others."""
-    with patch.object(passes, "_FRESH", 0 if large else passes._FRESH):
+    fresh = 0 if large else passes._FRESH
+    with patch.object(passes, "_FRESH", fresh), patch.object(passes, "_PART", part):
         check_whole_numbers(shape, layout, causal, seed)
 
 
@@ -166,6 +218,7 @@ def check_whole_numbers(shape, layout, causal, seed):
         exact = reference.temporal_conv(x.double(), weight.double(), n_segment, -2 if causal else -1)
         with torch.inference_mode():
             found = passes.temporal_conv(x, weight, n_segment, causal)
+            check_gated(passes.row_conv(x, weight, n_segment, causal), exact)
         torch.testing.assert_close(found.double(), exact, rtol=0, atol=0, equal_nan=True)
     x[bad, 0, 0, 0] = 1
     upstream = torch.randint(-9, 9, x.shape).float()
@@ -175,6 +228,23 @@ def check_whole_numbers(shape, layout, causal, seed):
     y = reference.temporal_conv(*leaves, n_segment, -2 if causal else -1)
     for found, exact in zip(grads, torch.autograd.grad(y, leaves, upstream.double()), strict=True):
         assert torch.equal(found.double(), exact)
+
+
+def check_gated(conv, y):
+    """What a convolution by rows gives without being stored, where it has that form."""
+    if conv is None:
+        return
+    n, channels, height, width = y.shape
+    gates = [torch.randint(-9, 9, s).float() for s in ((n, channels, 1, 1), (n, 1, height, width))]
+    for some in (gates[:1], gates[1:], gates):
+        found = conv.result(memory.empty_like, *some).double()
+        torch.testing.assert_close(found, y * sum(some), rtol=0, atol=0, equal_nan=True)
+    mean = y.mean(1, keepdim=True)
+    torch.testing.assert_close(conv.channel_mean().double(), mean, rtol=1e-6, atol=1e-6, equal_nan=True)
+    means = conv.of_means(nine_means(conv.x)).double()
+    of_parts = torch.stack([part.mean((2, 3)) for part in nine_parts(y)])
+    known = of_parts[0].isfinite()  # a NaN is in the mean over everything, and may be in the others
+    torch.testing.assert_close(means[:, known], of_parts[:, known], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import passes
+from .. import memory, passes
 from ..ops import (
     apply_taps,
     channel_mean,
@@ -92,12 +92,16 @@ class STE(Excitation):
 
     def gate(self, x: Tensor) -> Tensor:
         with full_precision(x) if self.fast else nullcontext():
-            mean = channel_mean(x) if self.fast else x.mean(dim=1, keepdim=True)
-            weight = weight_of(self).to(mean.dtype)
-            if self.fast and not self.causal and not traced():  # a graph keeps the batch one symbol
-                clips = to_clips(mean, self.n_segment).transpose(1, 2)
-                return F.conv3d(clips, weight[None], padding=1).sigmoid().view_as(mean)
-            return conv_to_one(torch.cat(self.tap_frames(mean, "mean"), dim=1), weight).sigmoid()
+            return self.gate_of_mean(channel_mean(x) if self.fast else x.mean(dim=1, keepdim=True))
+
+    def gate_of_mean(self, mean: Tensor) -> Tensor:
+        """The mask for frames whose mean over the channels is ``mean``, ``(N*T, 1, H, W)``; the fast form
+        to be called without autocast."""
+        weight = weight_of(self).to(mean.dtype)
+        if self.fast and not self.causal and not traced():  # a graph keeps the batch one symbol
+            clips = to_clips(mean, self.n_segment).transpose(1, 2)
+            return F.conv3d(clips, weight[None], padding=1).sigmoid().view_as(mean)
+        return conv_to_one(torch.cat(self.tap_frames(mean, "mean"), dim=1), weight).sigmoid()
 
 
 class CE(Excitation):
@@ -321,28 +325,54 @@ class ActionModule(TemporalModule):
         return passes.recompute(self._excite, x)
 
     def _excite(self, x: Tensor) -> Tensor:
+        own = type(self.shift) is TemporalConv and not has_hooks(self.shift)  # nobody else holds y
+        shift: Any = self.shift
+        conv = shift.by_rows(x) if own and self._is_pooled else None
+        if conv:
+            channel, pixel = [], []
+            with full_precision(x):
+                if self.paths != ("ste",):
+                    means = passes.nine_means(x) if "me" in self.paths else spatial_mean(x)[None]
+                    channel = self._gates_of_means(conv.of_means(means), x)
+                if "ste" in self.paths:
+                    pixel = [self.ste.gate_of_mean(conv.channel_mean())]
+            return conv.result(memory.empty_like, *self._factors(channel, pixel))
         y = self.shift(x)
         channel = self._channel_gates(y)
         pixel = [self.ste.gate(y)] if "ste" in self.paths else []
+        return passes.gate(y, *self._factors(channel, pixel), reuse=own)
+
+    @property
+    def _is_pooled(self) -> bool:
+        """Whether the gates need nothing of y but its means."""
+        paths = [getattr(self, path) for path in self.paths]
+        own = all(type(path) in (STE, CE, ME) and path.fast for path in paths)
+        return own and ("me" not in self.paths or self.me.linear)
+
+    def _factors(self, channel: list[Tensor], pixel: list[Tensor]) -> list[Tensor]:
+        """What y is multiplied with: the sum of these, of one for channels, one for pixels or both."""
         first, *rest = [sum(gates[1:], gates[0]) for gates in (channel, pixel) if gates]
         n = len(self.paths)
         if self.identity_start:  # y * (1 + mean of (2 gate - 1)) = y * (2 / n * sum)
-            first, *rest = [total * (2 / n) for total in (first, *rest)]
-        else:
-            first = first + n
-        own = type(self.shift) is TemporalConv and not has_hooks(self.shift)  # nobody else holds y
-        return passes.gate(y, first, *rest, reuse=own)
+            return [total * (2 / n) for total in (first, *rest)]
+        return [first + n, *rest]
 
     def _channel_gates(self, y: Tensor) -> list[Tensor]:
         """The masks of CE and ME, from the same means where ME needs no more."""
         if "me" in self.paths and self.me.fast and self.me.linear:
             with full_precision(y):
-                means = passes.nine_means(y)
-                gates = [self.me.gate_of_motion(self.me.motion_of_means(means, *y.shape[2:]))]
-                if "ce" in self.paths:
-                    gates.append(self.ce.gate_of_mean(means[0]))
-            return gates
+                return self._gates_of_means(passes.nine_means(y), y)
         return [getattr(self, path).gate(y) for path in ("ce", "me") if path in self.paths]
+
+    def _gates_of_means(self, means: Tensor, y: Tensor) -> list[Tensor]:
+        """The masks of ME and CE for frames of the size of ``y``, given their nine means (for CE alone the
+        first); to be called without autocast."""
+        gates = []
+        if "me" in self.paths:
+            gates.append(self.me.gate_of_motion(self.me.motion_of_means(means, *y.shape[2:])))
+        if "ce" in self.paths:
+            gates.append(self.ce.gate_of_mean(means[0]))
+        return gates
 
 
 def _combine(gates: list[Tensor], centred: bool) -> Tensor:

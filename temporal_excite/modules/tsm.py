@@ -114,6 +114,10 @@ class TemporalConv(TemporalModule):
             return apply_taps(self.tap_frames(x), self.weight)
         return temporal_conv(x, self.weight, self.n_segment)
 
+    def by_rows(self, x: Tensor) -> passes.RowConv | None:
+        """``self(x)`` before it is stored; None where it has no such form."""
+        return passes.row_conv(x, self.weight, self.n_segment, self.causal) if self.fast else None
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, init={self.init!r}, depthwise={self.depthwise}"
 
