@@ -98,7 +98,8 @@ class STE(Excitation):
         """The mask for frames whose mean over the channels is ``mean``, ``(N*T, 1, H, W)``; the fast form
         to be called without autocast."""
         weight = weight_of(self).to(mean.dtype)
-        if self.fast and not self.causal and not traced():  # a graph keeps the batch one symbol
+        # large maps PyTorch convolves faster in two dimensions, and a graph keeps the batch one symbol
+        if self.fast and not self.causal and not traced() and mean.shape[2:].numel() < 1 << 10:
             clips = to_clips(mean, self.n_segment).transpose(1, 2)
             return F.conv3d(clips, weight[None], padding=1).sigmoid().view_as(mean)
         return conv_to_one(torch.cat(self.tap_frames(mean, "mean"), dim=1), weight).sigmoid()
