@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
-from itertools import accumulate
 from typing import Any, TypeGuard
 
 import torch
@@ -244,6 +243,7 @@ def nine_means(x: Tensor) -> Tensor:
     kind = torch.promote_types(x.dtype, torch.float32)
     if has_fast_rows(x):
         by_rows = None
+        # the product below takes less time for the smallest maps
         if x.is_contiguous() and height * width > 1 << 6 and width > 1:
             by_rows, rows = _nine_means_of_maps, x.shape[1] * height
         elif x.is_contiguous(memory_format=torch.channels_last):
@@ -284,44 +284,44 @@ def _nine_means_of_maps(x: Tensor) -> Tensor:
     sums = sums_of_rows(x.view(-1, width), *_rows_of_maps(count * channels, height))
     sums = sums.view(count, channels, 3, width)
     sums = torch.cat((sums.sum(3), sums[..., :: width - 1].flatten(2)), 2)
-    return (sums * constant(_part_weights, height, width, x, x.dtype)).permute(2, 0, 1)
+    return (sums / constant(_part_sizes, height, width, x, x.dtype)).permute(2, 0, 1)
 
 
 def _nine_means_of_pixels(x: Tensor) -> Tensor:
     """:func:`nine_means` in channels_last, where the channels of a pixel are a row: sums of nine choices."""
     count, channels, height, width = x.shape
     sums = sums_of_rows(x.permute(0, 2, 3, 1).view(-1, channels), *_pixels_of_parts(count, height, width))
-    weights = constant(_part_weights, height, width, x, x.dtype)
-    return (sums.view(count, 9, channels) * weights.T).transpose(0, 1)
+    sizes = constant(_part_sizes, height, width, x, x.dtype)
+    return (sums.view(count, 9, channels) / sizes.T).transpose(0, 1)
 
 
-def _part_weights(height: int, width: int) -> list[list[float]]:
-    """What turns the sums over the nine parts of a map into means, as one row."""
-    return [[1 / ((1 if i else height) * (1 if j else width)) for i, j in _PARTS]]
+def _part_sizes(height: int, width: int) -> list[list[float]]:
+    """How many positions each of the nine parts of a map has, as one row."""
+    return [[(1 if i else height) * (1 if j else width) for i, j in _PARTS]]
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _rows_of_maps(count: int, height: int) -> tuple[Tensor, Tensor]:
     """All rows of a map, the first and the last, for each map; and where these begin and end."""
-    return _repeated([list(range(height)), [0], [height - 1]], count, height)
+    rows = torch.arange(height, dtype=torch.int32, device="cpu")
+    return _repeated([rows, rows[:1], rows[-1:]], count)
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _pixels_of_parts(count: int, height: int, width: int) -> tuple[Tensor, Tensor]:
     """The pixels of the nine parts of a map, for each map; and where these begin and end."""
-    pixels = torch.arange(height * width, device="cpu").view(1, 1, height, width)
-    return _repeated([part.flatten().tolist() for part in nine_parts(pixels)], count, height * width)
+    pixels = torch.arange(height * width, dtype=torch.int32, device="cpu").view(1, 1, height, width)
+    return _repeated([part.flatten() for part in nine_parts(pixels)], count)
 
 
-def _repeated(choices: list[list[int]], count: int, period: int) -> tuple[Tensor, Tensor]:
-    """Choices of the first ``period`` rows, the same of each further ``period``; ``count`` times in all."""
-    kind: Any = {"dtype": torch.int32, "device": "cpu"}
-    each = torch.arange(count, **kind).unsqueeze(1)
-    rows = each * period + torch.tensor([row for choice in choices for row in choice], **kind)
-    starts = torch.tensor([0, *accumulate(map(len, choices))], **kind)
-    return rows.flatten(), torch.cat(((each * rows.shape[1] + starts[:-1]).flatten(), starts[-1:] * count))
+def _repeated(parts: list[Tensor], count: int) -> tuple[Tensor, Tensor]:
+    """Parts of a map's rows, the first of them all, for each map; and where these begin and end."""
+    each = torch.arange(count, dtype=torch.int32, device="cpu").unsqueeze(1)
+    rows = each * len(parts[0]) + torch.cat(parts)
+    ends = torch.tensor([len(part) for part in parts] * count, device="cpu").cumsum(0, dtype=torch.int32)
+    return rows.flatten(), F.pad(ends, (1, 0))
 
 
 def _has_short_product(x: Tensor, kind: torch.dtype) -> bool:
@@ -361,7 +361,8 @@ def coefficients(kernel: Tensor, height: int, width: int) -> Tensor:
 def _tap_weights(height: int, width: int) -> list[list[float]]:
     """What each tap of a kernel counts for in each of the :func:`coefficients`."""
     taps = (1, 1, 1), (0, 0, -1), (-1, 0, 0)  # of a line, that everything, the first, the last counts for
-    shares = [(1 if i else height) * (1 if j else width) / (height * width) for i, j in _PARTS]
+    (sizes,) = _part_sizes(height, width)
+    shares = [size / (height * width) for size in sizes]
     return [
         [s * ky * kx for ky in taps[i] for kx in taps[j]] for s, (i, j) in zip(shares, _PARTS, strict=True)
     ]

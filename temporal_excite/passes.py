@@ -270,7 +270,7 @@ def _temporal_conv(
         taps = taps.clone(memory_format=torch.contiguous_format).flatten(2).unsqueeze(2)
     else:
         if _in_rows(x):
-            return RowConv(x, weight, n_segment, offset).result(empty_like)
+            return RowConv(x, weight, n_segment, offset).result(empty_like=empty_like)
         y = empty_like(x, memory_format=torch.contiguous_format)
         source, target = x.flatten(2), y.flatten(2)
         taps = _taps_of_frames(weight, x.shape[1]).unsqueeze(3)
@@ -324,18 +324,18 @@ class RowConv:
         self.x, self.size = x, height * width
         pitch = x.stride(0) // self.size
         self.table = x.as_strided(((frames - 1) * pitch + channels, self.size), (self.size, 1))
-        self.terms = frames, channels, n_segment, offset, pitch, weight.numel() > 3 * channels
-        self.starts, self.rows, taps = _terms(*self.terms)
+        self.options = frames, channels, n_segment, offset, pitch, weight.numel() > 3 * channels
+        self.rows, self.starts, taps = _terms(*self.options)
         self.weights = weight.reshape(-1).index_select(0, taps)
 
-    def result(self, empty_like: Callable[..., Tensor], *gates: Tensor) -> Tensor:
+    def result(self, *gates: Tensor, empty_like: Callable[..., Tensor] = memory.empty_like) -> Tensor:
         """The convolution, multiplied by the sum of the gates."""
         x = self.x
         if x.nbytes <= _FRESH and not gates:
             sums = ops.sums_of_rows(self.table, self.rows, self.starts, self.weights)
             return sums.resize_(x.shape)  # no view: what follows may change it in place
         y = empty_like(x, memory_format=torch.contiguous_format)
-        parts = _parts(max(1, _PART // (4 * self.size)), *self.terms)
+        parts = _parts(max(1, _PART // (4 * self.size)), *self.options)
         weights = self.weights.split([len(rows) for rows, _ in parts.terms])
         targets = y.view(-1, *parts.maps, self.size)
         each = [_by_parts(gate.flatten(2), parts) for gate in gates]
@@ -360,12 +360,21 @@ class RowConv:
         return sums.div_(channels).view(frames, 1, height, width)
 
 
+def row_conv(x: Tensor, weight: Tensor, n_segment: int, causal: bool) -> RowConv | None:
+    """:func:`temporal_conv` before it is stored, of contiguous frames, where no gradient is wanted; None
+    where it is not computed by rows."""
+    plain = not (traced() or torch.is_grad_enabled())
+    if not plain or weight.dtype != x.dtype or not x.is_contiguous() or not _in_rows(x):
+        return None
+    return RowConv(x, weight, n_segment, -1 if causal else 0)
+
+
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _terms(
     frames: int, channels: int, n_segment: int, offset: int, pitch: int, framewise: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """For :class:`RowConv`: where the terms of each sum start, and end; of which rows, with which taps."""
+    """For :class:`RowConv`: the rows of all terms, where those of each map start and end, and their taps."""
     frame = torch.arange(frames, dtype=torch.int32, device="cpu").view(-1, 1, 1)
     channel = torch.arange(channels, dtype=torch.int32, device="cpu").view(-1, 1)
     tap, ahead = torch.tensor(list(_steps(offset)), dtype=torch.int32, device="cpu").T
@@ -374,7 +383,7 @@ def _terms(
     rows, taps = (frame + ahead) * pitch + channel, channel * 3 + tap
     taps = taps + frame * (3 * channels if framewise else 0)
     ends = meets.sum(2, dtype=torch.int32).flatten().cumsum(0, dtype=torch.int32)
-    return F.pad(ends, (1, 0)), rows[meets], taps[meets]
+    return rows[meets], F.pad(ends, (1, 0)), taps[meets]
 
 
 class _Parts(NamedTuple):
@@ -390,7 +399,7 @@ class _Parts(NamedTuple):
 @torch.inference_mode(False)
 def _parts(maps: int, frames: int, channels: int, *options: int) -> _Parts:
     """For :class:`RowConv`: parts of about that many maps."""
-    starts, rows, _ = _terms(frames, channels, *options)
+    rows, starts, _ = _terms(frames, channels, *options)
     at_once = _largest_divisor(frames, maps // channels)
     share = _largest_divisor(channels, maps)
     if 4 * share < min(maps, channels):  # an awkward number: too many parts
@@ -413,7 +422,7 @@ def _by_parts(gate: Tensor, parts: _Parts) -> list[Tensor]:
     if gate.shape[1] > 1:
         return list(gate.view(-1, frames, channels, gate.shape[2]))
     of_frames = gate.view(-1, frames, 1, gate.shape[2])
-    return [gate for gate in of_frames for _ in range(len(parts.terms) // len(of_frames))]
+    return [part for part in of_frames for _ in range(len(parts.terms) // len(of_frames))]
 
 
 class _TemporalConv(torch.autograd.Function):
@@ -542,15 +551,6 @@ def _sums_of_products(grad: Tensor, y: Tensor, gates: Sequence[Tensor]) -> list[
         for d, out in zip(dims, outs, strict=True):
             torch.sum(product, d, keepdim=True, dtype=out.dtype, out=out)
     return sums
-
-
-def row_conv(x: Tensor, weight: Tensor, n_segment: int, causal: bool) -> RowConv | None:
-    """:func:`temporal_conv` before it is stored, of contiguous frames, where no gradient is wanted; None
-    where it is not computed by rows."""
-    plain = not (traced() or torch.is_grad_enabled() or past.current())
-    if not plain or weight.dtype != x.dtype or not x.is_contiguous() or not _in_rows(x):
-        return None
-    return RowConv(x, weight, n_segment, -1 if causal else 0)
 
 
 def has_excite(x: Tensor, squeeze: nn.Module) -> bool:

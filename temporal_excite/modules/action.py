@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import memory, passes
+from .. import passes
 from ..ops import (
     apply_taps,
     channel_mean,
@@ -326,8 +326,8 @@ class ActionModule(TemporalModule):
         return passes.recompute(self._excite, x)
 
     def _excite(self, x: Tensor) -> Tensor:
-        own = type(self.shift) is TemporalConv and not has_hooks(self.shift)  # nobody else holds y
         shift: Any = self.shift
+        own = type(shift) is TemporalConv and not has_hooks(shift)  # nobody else holds y
         conv = shift.by_rows(x) if own and self._is_pooled else None
         if conv:
             channel, pixel = [], []
@@ -337,7 +337,7 @@ class ActionModule(TemporalModule):
                     channel = self._gates_of_means(conv.of_means(means), x)
                 if "ste" in self.paths:
                     pixel = [self.ste.gate_of_mean(conv.channel_mean())]
-            return conv.result(memory.empty_like, *self._factors(channel, pixel))
+            return conv.result(*self._factors(channel, pixel))
         y = self.shift(x)
         channel = self._channel_gates(y)
         pixel = [self.ste.gate(y)] if "ste" in self.paths else []
@@ -347,11 +347,10 @@ class ActionModule(TemporalModule):
     def _is_pooled(self) -> bool:
         """Whether the gates need nothing of y but its means."""
         paths = [getattr(self, path) for path in self.paths]
-        own = all(type(path) in (STE, CE, ME) and path.fast for path in paths)
-        return own and ("me" not in self.paths or self.me.linear)
+        return all(p.fast and (type(p) in (STE, CE) or (type(p) is ME and p.linear)) for p in paths)
 
     def _factors(self, channel: list[Tensor], pixel: list[Tensor]) -> list[Tensor]:
-        """What y is multiplied with: the sum of these, of one for channels, one for pixels or both."""
+        """What y is multiplied with, as terms of a sum: one for channels, one for pixels, or both."""
         first, *rest = [sum(gates[1:], gates[0]) for gates in (channel, pixel) if gates]
         n = len(self.paths)
         if self.identity_start:  # y * (1 + mean of (2 gate - 1)) = y * (2 / n * sum)

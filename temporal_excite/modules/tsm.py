@@ -116,7 +116,9 @@ class TemporalConv(TemporalModule):
 
     def by_rows(self, x: Tensor) -> passes.RowConv | None:
         """``self(x)`` before it is stored; None where it has no such form."""
-        return passes.row_conv(x, self.weight, self.n_segment, self.causal) if self.fast else None
+        if self.depthwise and self.fast and not past.current():
+            return passes.row_conv(x, self.weight, self.n_segment, self.causal)
+        return None
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, init={self.init!r}, depthwise={self.depthwise}"
