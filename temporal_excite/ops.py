@@ -19,6 +19,7 @@ _ROWS = 1 << 17  # of a table's rows, to list at a time
 
 _countable = False
 _PROXY = torch._C._TorchDispatchModeKey.PROXY  # of make_fx
+_FAKE = torch._C._TorchDispatchModeKey.FAKE  # whose tensors, made of nothing, must not be kept
 
 
 @contextmanager
@@ -243,10 +244,9 @@ def nine_means(x: Tensor) -> Tensor:
     kind = torch.promote_types(x.dtype, torch.float32)
     if has_fast_rows(x):
         by_rows = None
-        # the product below takes less time for the smallest maps
-        if x.is_contiguous() and height * width > 1 << 6 and width > 1:
+        if x.is_contiguous() and width >= 8:  # of short rows the sums take longer than what follows
             by_rows, rows = _nine_means_of_maps, x.shape[1] * height
-        elif x.is_contiguous(memory_format=torch.channels_last):
+        elif x.is_contiguous(memory_format=torch.channels_last) and height * width >= 8:
             by_rows, rows = _nine_means_of_pixels, height * width
         if by_rows:
             found = [by_rows(frames) for frames in x.split(max(1, _ROWS // rows))]
@@ -273,7 +273,7 @@ def sums_of_rows(table: Tensor, rows: Tensor, starts: Tensor, weights: Tensor | 
 
 def has_fast_rows(x: Tensor) -> bool:
     """Whether :func:`sums_of_rows` is fast for ``x``: float32 on an x86 CPU."""
-    plain = type(x) is Tensor and x.is_cpu and not traced()
+    plain = type(x) is Tensor and x.is_cpu and not traced() and torch._C._get_dispatch_mode(_FAKE) is None
     return _HAS_AVX and plain and x.dtype == torch.float32 and x.numel() > 0
 
 
@@ -288,11 +288,13 @@ def _nine_means_of_maps(x: Tensor) -> Tensor:
 
 
 def _nine_means_of_pixels(x: Tensor) -> Tensor:
-    """:func:`nine_means` in channels_last, where the channels of a pixel are a row: sums of nine choices."""
+    """:func:`nine_means` in channels_last, where the channels of a pixel are a row: the sum of each line of
+    pixels, since one long sum would round too often, and of each other part."""
     count, channels, height, width = x.shape
     sums = sums_of_rows(x.permute(0, 2, 3, 1).view(-1, channels), *_pixels_of_parts(count, height, width))
-    sizes = constant(_part_sizes, height, width, x, x.dtype)
-    return (sums.view(count, 9, channels) / sizes.T).transpose(0, 1)
+    lines, others = sums.view(count, -1, channels).split((height, 6), 1)
+    sums = torch.cat((lines.sum(1, keepdim=True), lines[:, :1], lines[:, -1:], others), 1)
+    return (sums / constant(_part_sizes, height, width, x, x.dtype).T).transpose(0, 1)
 
 
 def _part_sizes(height: int, width: int) -> list[list[float]]:
@@ -311,15 +313,18 @@ def _rows_of_maps(count: int, height: int) -> tuple[Tensor, Tensor]:
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _pixels_of_parts(count: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """The pixels of the nine parts of a map, for each map; and where these begin and end."""
+    """The pixels of each line of a map, of its outer columns and its corners, for each map; and where these
+    begin and end."""
     pixels = torch.arange(height * width, dtype=torch.int32, device="cpu").view(1, 1, height, width)
-    return _repeated([part.flatten() for part in nine_parts(pixels)], count)
+    others = [part.flatten() for part in nine_parts(pixels)[3:]]
+    return _repeated([*pixels[0, 0], *others], count)
 
 
 def _repeated(parts: list[Tensor], count: int) -> tuple[Tensor, Tensor]:
-    """Parts of a map's rows, the first of them all, for each map; and where these begin and end."""
+    """Parts of a map's rows, which hold them all, for each map; and where these begin and end."""
     each = torch.arange(count, dtype=torch.int32, device="cpu").unsqueeze(1)
-    rows = each * len(parts[0]) + torch.cat(parts)
+    of_map = torch.cat(parts)
+    rows = each * (of_map.max() + 1) + of_map
     ends = torch.tensor([len(part) for part in parts] * count, device="cpu").cumsum(0, dtype=torch.int32)
     return rows.flatten(), F.pad(ends, (1, 0))
 

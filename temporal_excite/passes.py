@@ -362,9 +362,9 @@ class RowConv:
 
 def row_conv(x: Tensor, weight: Tensor, n_segment: int, causal: bool) -> RowConv | None:
     """:func:`temporal_conv` before it is stored, of contiguous frames, where no gradient is wanted; None
-    where it is not computed by rows."""
-    plain = not (traced() or torch.is_grad_enabled())
-    if not plain or weight.dtype != x.dtype or not x.is_contiguous() or not _in_rows(x):
+    where it is not computed by rows, or small enough to stay in cache."""
+    plain = not (traced() or torch.is_grad_enabled()) and weight.dtype == x.dtype and x.is_contiguous()
+    if not plain or x.nbytes <= _FRESH or not _in_rows(x):
         return None
     return RowConv(x, weight, n_segment, -1 if causal else 0)
 
@@ -402,7 +402,10 @@ def _parts(maps: int, frames: int, channels: int, *options: int) -> _Parts:
     rows, starts, _ = _terms(frames, channels, *options)
     at_once = _largest_divisor(frames, maps // channels)
     share = _largest_divisor(channels, maps)
-    if 4 * share < min(maps, channels):  # an awkward number: too many parts
+    # awkward numbers: too many parts
+    if 4 * at_once < min(frames, maps // channels):
+        at_once = frames
+    if 4 * share < min(channels, maps):
         share = channels
     terms = []
     for first in range(0, frames * channels, at_once * share):

@@ -9,6 +9,7 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import temporal_excite as te
@@ -119,6 +120,7 @@ def test_float32_equals_the_published_form(shape, paths, options, layout, small,
     with torch.no_grad():
         exact = te.set_fast(copy.deepcopy(module).double(), False)(x.double())
         with (
+            patch.object(passes, "_FRESH", 0),
             patch.object(passes, "_PART", height * width * 20 if small else passes._PART),
             patch.object(ops, "_ROWS", 40 if small else ops._ROWS),
         ):
@@ -129,7 +131,8 @@ def test_float32_equals_the_published_form(shape, paths, options, layout, small,
 
 
 @pytest.mark.parametrize("paths", [("ste",), ("ce",), ("ste", "ce", "me")])
-def test_the_shift_is_not_stored_where_nothing_needs_it(paths):
+def test_the_shift_is_not_stored_where_nothing_needs_it(paths, monkeypatch):
+    monkeypatch.setattr(passes, "_FRESH", 0)
     module, x = te.ActionModule(16, 4, paths=paths).eval(), torch.randn(8, 16, 9, 8)
     if not ops.has_fast_rows(x):
         pytest.skip("float32 is not fast by rows here")
@@ -145,12 +148,53 @@ def test_the_shift_is_not_stored_where_nothing_needs_it(paths):
         assert shift.call_count == 3
 
 
-def test_a_full_convolution_as_the_shift():
-    module, x = te.ActionModule(16, 4).eval(), torch.randn(8, 16, 9, 8)
+def full_shift(module):
     module.shift = te.TemporalConv(16, 4, init="random", depthwise=False)
+
+
+def doubled_shift(module):
+    shift = module.shift.forward
+    module.shift.forward = lambda x: 2 * shift(x)
+
+
+def doubled_gate(module):
+    gate = module.ste.gate
+    module.ste.gate = lambda x: 2 * gate(x)
+
+
+@pytest.mark.parametrize("change", [full_shift, doubled_shift, doubled_gate])
+def test_parts_of_action_that_a_user_changes(change, monkeypatch):
+    monkeypatch.setattr(passes, "_FRESH", 0)
+    module, x = te.ActionModule(16, 4).eval(), torch.randn(8, 16, 9, 8)
+    change(module)
     with torch.no_grad():
         found = module(x)
         torch.testing.assert_close(found, te.set_fast(module, False)(x))
+
+
+def test_a_shift_of_other_frames_is_an_error(monkeypatch):
+    monkeypatch.setattr(passes, "_FRESH", 0)
+    module = te.ActionModule(16, 4).eval()
+    module.shift = te.TemporalConv(16, 3)
+    with torch.no_grad(), pytest.raises(ValueError, match="n_segment=3"):
+        module(torch.randn(8, 16, 9, 8))
+
+
+def test_tables_are_not_those_of_a_fake_run(monkeypatch):
+    monkeypatch.setattr(passes, "_FRESH", 0)
+    module, x = te.ActionModule(16, 4).eval(), torch.randn(8, 16, 17, 19)
+    with torch.no_grad():
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            module(x)
+        torch.testing.assert_close(module(x), te.set_fast(module, False)(x))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_nine_means_of_large_maps_round_little(layout):
+    """Neighbouring frames' are subtracted."""
+    x = frames((2, 8, 300, 300), layout, torch.float32).mul_(1e-3).add_(1)
+    means = torch.stack([part.double().mean((2, 3)) for part in nine_parts(x)])
+    assert (nine_means(x) - means).abs().max() < 5e-6
 
 
 @pytest.mark.parametrize("kind", [te.ME, MotionExcitation])

@@ -347,6 +347,8 @@ class ActionModule(TemporalModule):
     def _is_pooled(self) -> bool:
         """Whether the gates need nothing of y but its means."""
         paths = [getattr(self, path) for path in self.paths]
+        if any({"forward", "gate"} & vars(part).keys() for part in (self.shift, *paths)):  # replaced methods
+            return False
         return all(p.fast and (type(p) in (STE, CE) or (type(p) is ME and p.linear)) for p in paths)
 
     def _factors(self, channel: list[Tensor], pixel: list[Tensor]) -> list[Tensor]:
