@@ -280,7 +280,7 @@ def has_fast_rows(x: Tensor) -> bool:
 def _nine_means_of_maps(x: Tensor) -> Tensor:
     """:func:`nine_means` of contiguous maps: of each the sum of all rows, the first row and the last; of
     these the sums of their elements, the first elements and the last."""
-    count, channels, height, width = len(x), *x.shape[1:]
+    count, channels, height, width = x.shape
     sums = sums_of_rows(x.view(-1, width), *_rows_of_maps(count * channels, height))
     sums = sums.view(count, channels, 3, width)
     sums = torch.cat((sums.sum(3), sums[..., :: width - 1].flatten(2)), 2)

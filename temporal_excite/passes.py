@@ -341,10 +341,10 @@ class RowConv:
         each = [_by_parts(gate.flatten(2), parts) for gate in gates]
         for (rows, starts), weight, target, *here in zip(parts.terms, weights, targets, *each, strict=True):
             sums = ops.sums_of_rows(self.table, rows, starts, weight).view(target.shape)
-            if not gates:
-                target.copy_(sums)
+            if gates:
+                _gate(sums, tuple(here), target)
             else:
-                torch.mul(sums, torch.add(*here) if len(here) > 1 else here[0], out=target)
+                target.copy_(sums)
         return y
 
     def of_means(self, means: Tensor) -> Tensor:
@@ -400,18 +400,18 @@ class _Parts(NamedTuple):
 def _parts(maps: int, frames: int, channels: int, *options: int) -> _Parts:
     """For :class:`RowConv`: parts of about that many maps."""
     rows, starts, _ = _terms(frames, channels, *options)
-    at_once = _largest_divisor(frames, maps // channels)
-    share = _largest_divisor(channels, maps)
-    # awkward numbers: too many parts
-    if 4 * at_once < min(frames, maps // channels):
-        at_once = frames
-    if 4 * share < min(channels, maps):
-        share = channels
+    at_once, share = _share(frames, maps // channels), _share(channels, maps)
     terms = []
     for first in range(0, frames * channels, at_once * share):
         of_part = starts[first : first + at_once * share + 1]
         terms.append((rows[of_part[0] : of_part[-1]], of_part - of_part[0]))
     return _Parts((at_once, share), terms)
+
+
+def _share(number: int, limit: int) -> int:
+    """An equal share up to the limit; all of an awkward number, which would fall into too many."""
+    share = _largest_divisor(number, limit)
+    return number if 4 * share < min(number, limit) else share
 
 
 def _largest_divisor(number: int, limit: int) -> int:

@@ -9,6 +9,7 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_modules import randomise
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -31,18 +32,8 @@ MODULES = {
 
 
 def build(name, channels, n_segment, dtype=torch.float64):
+    """A module with nothing at a special value."""
     return randomise(MODULES[name](channels, n_segment)).to(dtype)
-
-
-def randomise(module):
-    """Nothing at a special value."""
-    with torch.no_grad():
-        for tensor in module.parameters():
-            tensor.normal_(std=0.5)
-        for tensor in module.buffers():
-            if tensor.is_floating_point():
-                tensor.uniform_(0.5, 1.5)
-    return module
 
 
 def frames(shape, layout, dtype=torch.float64):
