@@ -31,7 +31,7 @@ class _Piece:
 class _Spare(threading.local):
     def __init__(self) -> None:
         self.pieces = [_Piece() for _ in range(_PIECES)]
-        self.recomputing = False
+        self.saves = True
 
 
 _spare = _Spare()
@@ -57,15 +57,15 @@ def empty_like(x: Tensor, *, memory_format: torch.memory_format) -> Tensor:
 
 
 def result_like(x: Tensor, *, memory_format: torch.memory_format) -> Tensor:
-    """For results with a gradient: :func:`empty_like` while :func:`recomputing`, else PyTorch's."""
-    return (empty_like if _spare.recomputing else torch.empty_like)(x, memory_format=memory_format)
+    """For results with a gradient: :func:`empty_like` where they are :func:`not_saved`, else PyTorch's."""
+    return (torch.empty_like if _spare.saves else empty_like)(x, memory_format=memory_format)
 
 
 @contextmanager
-def recomputing() -> Iterator[None]:
-    """A context in which results with a gradient are short-lived too: a backward pass will use them."""
-    before, _spare.recomputing = _spare.recomputing, True
+def not_saved() -> Iterator[None]:
+    """A context in which results with a gradient are short-lived too: a backward pass recomputes them."""
+    before, _spare.saves = _spare.saves, False
     try:
         yield
     finally:
-        _spare.recomputing = before
+        _spare.saves = before

@@ -489,10 +489,12 @@ def squeeze(conv: nn.Module, x: Tensor) -> Tensor:
     """A 1x1 convolution to few channels of maps ``(N, C, H, W)``.
 
     On a CPU the gradient of PyTorch's convolution of contiguous maps makes two copies of ``x``; here each
-    frame is a matrix product.
+    frame is a matrix product, but not in lower precision, in which its weight's gradient would be rounded for
+    each frame.
     """
     by_frame = x.device.type == "cpu" and x.is_contiguous() and not traced() and not _countable
-    if not by_frame or not read_as_called(conv) or conv.bias is not None:
+    precise = x.dtype.itemsize > 2 and autocast_dtype(x.device.type) is None
+    if not (by_frame and precise) or not read_as_called(conv) or conv.bias is not None:
         return conv(x)
     return squeeze_by_frame(conv.weight, x)
 

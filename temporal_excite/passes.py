@@ -6,20 +6,19 @@ its result instead); a graph (``torch.compile``, ``torch.export``, tracing) gets
 compiler fuses by itself, and so does a transformation of single operations (``torch.func``).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache, partial, wraps
+from functools import lru_cache, wraps
 from math import gcd
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import memory, ops, past
+from . import memory, ops
 from .ops import following, has_hooks, previous, read_as_called, to_clips, traced
-from .recomputation import Input, Recomputable, autocast_of_now, check_version, computing, version_of
+from .recomputation import Input, Recomputable, check_version, computing, version_of
 
 # bytes a pass works on at a time: smaller ones cost more calls than they spare traffic beyond the cache
 _BLOCK = 4 << 20
@@ -27,21 +26,6 @@ _LINE = 2048  # elements of a line in channels_last
 # bytes of a result that may be fresh memory; in larger ones page faults cost more than copying from cache
 _FRESH = 8 << 20
 _PART = 1 << 20  # bytes of a result made of rows at a time
-
-
-def recompute(method: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``method(x)``, a module's, keeping only ``x`` for backward, which computes the rest again.
-
-    The module's batch norms' running statistics move once.
-    """
-    module: nn.Module = method.__self__  # type: ignore[attr-defined]
-    # the past of a stream can be read during its step only, not in a backward pass
-    if traced() or not torch.is_grad_enabled() or past.current():
-        return method(x)
-    parameters = [p for p in _parameters(module) if p.requires_grad]
-    if not needs_grad(x, *parameters) or not _is_repeatable(module):
-        return method(x)
-    return _noted(_Recompute.apply(method, _Snapshot(module), x, *parameters))
 
 
 def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,130 +39,50 @@ def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-class _Recompute(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, method: Any, module: "_Snapshot", x: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.function, ctx.module, ctx.parameters = method.__func__, module, parameters
-        ctx.autocast = autocast_of_now(x)
-        ctx.recomputed = None
-        result: Tensor = method(x)
-        return result
-
-    @staticmethod
-    @_without_autocast
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, y = _recomputed(ctx)
-        ctx.recomputed = None
-        wanted = [t for t in inputs if t.requires_grad]
-        found = torch.autograd.grad(y, wanted, grad, create_graph=torch.is_grad_enabled(), allow_unused=True)
-        grads = iter(found)
-        return None, None, *(next(grads) if t.requires_grad else None for t in inputs)
-
-
-def _recomputed(node: Any) -> tuple[list[Tensor], Tensor]:
-    """Inputs and output of a :class:`_Recompute`, with the graph between them; computed once in a backward
-    pass, for whoever asks first."""
-    plain = _out_of_place()
-    if node.recomputed is None or node.recomputed[0] != plain:
-        given = *node.saved_tensors, *node.parameters
-        momentary = nullcontext() if plain else memory.recomputing()
-        with torch.enable_grad(), node.autocast, momentary:
-            # stand-ins: the hooks of the originals belong to the whole gradient and must run once
-            inputs = [t.view_as(t) if plain else t.detach().requires_grad_(t.requires_grad) for t in given]
-            module = node.module.again(dict(zip(given[1:], inputs[1:], strict=True)))
-            node.recomputed = plain, inputs, node.function(module, inputs[0])
-    _, inputs, y = node.recomputed
-    return inputs, y
-
-
-def _parameters(module: nn.Module) -> list[Tensor]:
-    """The module's parameters, also where it is a replica of ``nn.DataParallel``, which has only copies."""
-    named = [_own_parameters(m) for m in module.modules()]
-    return list(dict.fromkeys(p for own in named for p in own.values() if p is not None))
-
-
-def _own_parameters(module: nn.Module) -> dict[str, Tensor | None]:
-    return module._parameters | getattr(module, "_former_parameters", {})
-
-
-_REPEATABLE = nn.Conv1d, nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity
-
-
-def _is_repeatable(module: nn.Module) -> bool:
-    """Whether running a copy gives the same result without side effects: all parts are of known classes, have
-    no hooks, and hold nothing that others attached, such as FSDP's parameter views or replaced methods."""
-    for part in module.modules():
-        kind, own = type(part), _own_parameters(part)
-        known = kind in _REPEATABLE or kind.__module__.startswith(f"{__package__}.")
-        fixed = (isinstance(part, _BatchNorm) and not part.training) or kind.__name__ == "FrozenBatchNorm2d"
-        if not (known or fixed) or (part is not module and has_hooks(part)):
-            return False
-        for name, value in vars(part).items():
-            if (isinstance(value, Tensor) and name not in own) or (callable(value) and hasattr(kind, name)):
-                return False
-    return True
-
-
-class _Snapshot:
-    """A snapshot of a module: its parts, parameters, mode and options."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = _copy(module, {})
-        self.versions = [(p, p._version) for p in module.parameters()]
-
-    def again(self, instead: Mapping[Tensor, Tensor]) -> nn.Module:
-        """A copy to run once more, with other tensors ``instead`` of some parameters."""
-        for parameter, version in self.versions:
-            check_version(parameter, version)
-        return _copy(self.module, instead)
-
-
-def _copy(module: nn.Module, instead: Mapping[Tensor, Tensor]) -> nn.Module:
-    """A copy that shares all tensors but those; batch norms in training do not update their statistics."""
-    copy: nn.Module = module.__new__(type(module))
-    own = copy.__dict__
-    own.update(module.__dict__)
-    own["_parameters"], own["_buffers"] = dict(module._parameters), dict(module._buffers)
-    own["_modules"] = {k: m and _copy(m, instead) for k, m in module._modules.items()}
-    # attributes, which hide parameters: that is where a replica has its own
-    own |= {k: instead[p] for k, p in _own_parameters(module).items() if p is not None and p in instead}
-    if module.training and isinstance(module, _BatchNorm):
-        own["track_running_stats"] = False
-    return copy
-
-
 def as_recomputable(x: Tensor, y: Tensor) -> Tensor:
     """``y``, computed from ``x`` by a temporal module, as the input of the next layer, whose convolution then
     saves how to recompute ``y`` instead of ``y``. Where that is not known, ``y`` itself."""
-    if traced() or not (needs_grad(y) and _is_real(y)):
-        return y
-    node: Any = y.grad_fn
-    if getattr(node, "version", None) != y._version:  # a hook has changed it, unseen by autograd
-        return y
-    if hasattr(node, "recomputed"):
-        compute: Callable[[], Tensor] = partial(_output_of, node)
-    elif hasattr(node, "again") and x.grad_fn and node.next_functions[0] == (x.grad_fn, x.output_nr):
-        compute = computing(node.again, x)
-    else:
+    again = _again(x, y)
+    if again is None:
         return y
     given = y.as_subclass(Input)
-    given.again = Recomputable(given, compute)
+    given.again = again
     return given
 
 
-def _noted(y: Tensor, again: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """``y``; its node then holds the version of ``y`` and how to compute it ``again``, for
-    :func:`as_recomputable`."""
-    node: Any = y.grad_fn
-    node.version = y._version
-    if again:
-        node.again = again
+def note_output(x: Tensor, y: Tensor) -> Tensor:
+    """``y``, computed from ``x`` by a function of this file, with a note how to recompute it, which
+    :func:`without_saving` then saves instead."""
+    if again := _again(x, y):
+        y.again = again  # type: ignore[attr-defined]
     return y
 
 
-def _output_of(node: Any) -> Tensor:
-    return _recomputed(node)[1].detach()
+def _again(x: Tensor, y: Tensor) -> Recomputable | None:
+    """How to recompute ``y``, computed from ``x``; None where that is not known."""
+    if traced() or not (needs_grad(y) and _is_real(y)):
+        return None
+    node: Any = y.grad_fn
+    if getattr(node, "version", None) != y._version:  # a hook has changed it, unseen by autograd
+        return None
+    if node.source or (node.input and node.input == _identity(x)):
+        return Recomputable(y, computing(node.again, x, node.source), node.source)
+    return None
+
+
+def _noted(x: Tensor, y: Tensor, again: Callable[[Tensor], Tensor]) -> Tensor:
+    """``y = again(x)``; its node then holds what :func:`_again` asks for."""
+    node: Any = y.grad_fn
+    node.version, node.again = y._version, again
+    node.source, node.input = Recomputable.of(x), _identity(x)
+    return y
+
+
+def _identity(x: Tensor) -> tuple[Any, ...] | None:
+    """Equal for tensors of the same values; None without data."""
+    if type(x) not in (Tensor, Input) or x.is_meta:
+        return None
+    return x.data_ptr(), version_of(x), x.shape, x.stride()
 
 
 def note_norm_output(norm: nn.Module, x: Tensor, y: Tensor) -> None:
@@ -186,7 +90,7 @@ def note_norm_output(norm: nn.Module, x: Tensor, y: Tensor) -> None:
     if traced() or type(norm) is not nn.BatchNorm2d or not (needs_grad(x) and _is_real(y)):
         return
     if len(norm._forward_hooks) == 1 and not norm._forward_pre_hooks:  # but for the hook that asks
-        y.again = Recomputable(y, computing(_runs_again(norm), x))  # type: ignore[attr-defined]
+        y.again = Recomputable(y, computing(_again_by(norm), x))  # type: ignore[attr-defined]
 
 
 def without_saving(y: Tensor) -> AbstractContextManager:
@@ -217,13 +121,18 @@ class ReLU(nn.ReLU):
         return y
 
 
-def _runs_again(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """``module`` as it is now, without its hooks."""
-    as_it_was = _Snapshot(module)
+def _again_by(norm: nn.BatchNorm2d) -> Callable[[Tensor], Tensor]:
+    """``norm`` as it is now; its running statistics stay where they are."""
+    batch = norm.training or norm.running_mean is None
+    statistics = (None, None) if batch else (norm.running_mean, norm.running_var)
+    tensors = *statistics, norm.weight, norm.bias
+    versions = [(t, t._version) for t in tensors if t is not None]
+    eps = norm.eps
 
     def run(x: Tensor) -> Tensor:
-        result: Tensor = as_it_was.again({}).forward(x)
-        return result
+        for tensor, version in versions:
+            check_version(tensor, version)
+        return F.batch_norm(x, *tensors, batch, eps=eps)
 
     return run
 
@@ -252,7 +161,7 @@ def _conv_of(x: Tensor, weight: Tensor, n_segment: int, offset: int) -> Tensor:
         return _temporal_conv(x, weight, n_segment, offset, memory.empty_like)
 
     with without_saving(x):
-        return _noted(_TemporalConv.apply(x, weight, n_segment, offset), convolved)
+        return _noted(x, _TemporalConv.apply(x, weight, n_segment, offset), convolved)
 
 
 def _temporal_conv(
@@ -507,7 +416,7 @@ def gate(y: Tensor, *gates: Tensor, reuse: bool = False) -> Tensor:
         return y * sum(gates[1:], gates[0]).to(y.dtype)
     if needs_grad(y, *gates):
         with without_saving(y):
-            return _noted(_Gate.apply(y, *gates), lambda y: gate(y, *gates))
+            return _noted(y, _Gate.apply(y, *gates), lambda y: gate(y, *gates))
     in_order = _is_channels_last(y) or y.is_contiguous()
     return _gate(y, gates, y if reuse and in_order else memory.empty_like(y, memory_format=_layout(y)))
 
@@ -536,38 +445,126 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         y, *gates = ctx.saved_tensors
-        return gate(grad, *gates), *_sums_of_products(grad, y, gates)
+        return _gate_backward(grad, y, gates)
 
 
-def _sums_of_products(grad: Tensor, y: Tensor, gates: Sequence[Tensor]) -> list[Tensor]:
-    """``grad * y``, summed over what each gate is broadcast over."""
+def _gate_backward(grad: Tensor, y: Tensor, gates: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """``grad * sum(gates)``; and ``grad * y``, summed over what each gate is broadcast over."""
     dims = [[d for d in (-3, -2, -1) if g.shape[d] == 1] for g in gates]
     if _out_of_place():
         product = grad * y
-        return [product.sum(d, keepdim=True) for d in dims]
+        return gate(grad, *gates), *(product.sum(d, keepdim=True) for d in dims)
+    result = memory.empty_like(y, memory_format=_layout(y))
     sums = [torch.empty_like(g) for g in gates]
-    views = [_by_threads(t) for t in (grad, y, *sums)]
+    views = [_by_threads(t) for t in (grad, y, result, *gates, *sums)]
     step = _per_block(views[1], 1)
-    products = torch.empty_like(views[1][:, :step])
-    for first, second, *outs in zip(*(t.split(step, 1) for t in views), strict=True):
-        product = torch.mul(first, second, out=products[:, : second.shape[1]])
-        for d, out in zip(dims, outs, strict=True):
-            torch.sum(product, d, keepdim=True, dtype=out.dtype, out=out)
-    return sums
+    spare = torch.empty_like(views[1][:, :step])
+    for first, second, new, *others in zip(*(t.split(step, 1) for t in views), strict=True):
+        here = spare[:, : first.shape[1]]
+        torch.mul(first, second, out=here)
+        for d, out in zip(dims, others[len(gates) :], strict=True):
+            torch.sum(here, d, keepdim=True, dtype=out.dtype, out=out)
+        terms = others[: len(gates)]
+        torch.mul(first, torch.add(*terms, out=here) if len(terms) > 1 else terms[0].to(y.dtype), out=new)
+    return result, *sums
 
 
-def has_excite(x: Tensor, squeeze: nn.Module) -> bool:
-    """Whether :func:`excite` applies: a gradient is wanted and ``x`` has the precision of the parameters."""
+class Readings(NamedTuple):
+    """What the gates of maps are computed of: tensors, or None where one was not asked for."""
+
+    squeezed: Any
+    """A 1x1 convolution of the maps."""
+    means: Any
+    """The first of their :func:`nine_means`, ``(K, N*T, C)``."""
+    mean: Any
+    """Their mean over the channels, ``(N*T, 1, H, W)``."""
+
+
+def read(x: Tensor, squeeze: nn.Module | None, means: int, mean: bool) -> tuple[Tensor, Readings]:
+    """``x`` for the gates to multiply, and what they are computed of: ``squeeze(x)``, a number of means (0, 1
+    or 9), the mean over the channels."""
+    if has_read(x, squeeze):
+        weight = None if squeeze is None else squeeze.weight
+        with without_saving(x):
+            same, *readings = _Read.apply(x, weight, means, mean)
+        same.again = Recomputable.of(x)
+        return same, Readings(*readings)
+    squeezed = None
+    if squeeze is not None:
+        # another layer in its place may save, or change, more than its input
+        with without_saving(x) if read_as_called(squeeze) else nullcontext():
+            squeezed = ops.squeeze(squeeze, x)
+    with ops.full_precision(x):
+        of_maps = None if not means else ops.spatial_mean(x)[None] if means == 1 else nine_means(x)
+        return x, Readings(squeezed, of_maps, ops.channel_mean(x) if mean else None)
+
+
+def has_read(x: Tensor, squeeze: nn.Module | None) -> bool:
+    """Whether gradients may be wanted, and ``x`` has the precision of the parameters and of sums."""
     return (
-        _is_real(x)
-        and read_as_called(squeeze)
-        and squeeze.bias is None
-        and x.dtype == squeeze.weight.dtype
-        and x.dtype in (torch.float32, torch.float64)  # in lower precision the quotient's error would show
+        (
+            squeeze is None
+            or (read_as_called(squeeze) and squeeze.bias is None and squeeze.weight.dtype == x.dtype)
+        )
+        and _is_real(x)
+        and x.dtype in (torch.float32, torch.float64)
         and ops.autocast_dtype(x.device.type) is None
         and not traced()
-        and needs_grad(x, squeeze.weight)
+        and torch.is_grad_enabled()
     )
+
+
+class _Read(torch.autograd.Function):
+    """:func:`read`: the gradient of ``x`` comes in one piece, to which one product adds what the readings'
+    gradients give."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, means: int, mean: bool
+    ) -> tuple[Tensor | None, ...]:
+        ctx.save_for_backward(weight, None if weight is None else x)
+        ctx.shape = x.shape
+        rows = [] if weight is None else [weight.flatten(1)]
+        if mean:
+            rows.append(x.new_full((1, x.shape[1]), 1 / x.shape[1]))
+        squeezed = of_channels = None
+        if rows:
+            maps = torch.bmm(torch.cat(rows).expand(len(x), -1, -1), x.flatten(2)).unflatten(2, x.shape[2:])
+            squeezed = maps[:, : maps.shape[1] - mean].contiguous() if weight is not None else None
+            of_channels = maps[:, -1:].contiguous() if mean else None
+        of_maps = None if not means else ops.spatial_mean(x)[None] if means == 1 else ops.nine_means(x)
+        return x, squeezed, of_maps, of_channels
+
+    @staticmethod
+    @_without_autocast
+    def backward(ctx: Any, grad: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        weight, x = ctx.saved_tensors
+        squeezed, of_maps, of_channels = grads
+        frames, channels, height, width = ctx.shape
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            assert squeezed is not None
+            grad_weight = torch.bmm(squeezed.flatten(2), x.flatten(2).transpose(1, 2)).sum(0).view_as(weight)
+        if not ctx.needs_input_grad[0]:
+            return None, grad_weight, None, None
+        terms = []  # what a channel counts for, and a position
+        if squeezed is not None:
+            terms.append((weight.flatten(1).expand(frames, -1, -1), squeezed.flatten(2)))
+        if of_maps is not None:
+            positions = ops.constant(ops.mean_weights, height, width, grad, grad.dtype)[: len(of_maps)]
+            terms.append((of_maps.transpose(0, 1), positions.expand(frames, -1, -1)))
+        if of_channels is not None:
+            terms.append((grad.new_full((frames, 1, channels), 1 / channels), of_channels.flatten(2)))
+        each, rows = (torch.cat(parts, 1) for parts in zip(*terms, strict=True))
+        return _plus_product(grad, each.transpose(1, 2), rows), grad_weight, None, None
+
+
+def _plus_product(grad: Tensor, each: Tensor, rows: Tensor) -> Tensor:
+    """``grad``, made by the gate's backward pass for this alone, plus a product ``(N*T, C, H*W)``."""
+    if _out_of_place():
+        return torch.baddbmm(grad.flatten(2), each, rows).view_as(grad)
+    grad.flatten(2).baddbmm_(each, rows)
+    return grad
 
 
 def excite(x: Tensor, weight: Tensor, gate_of: Callable[[Tensor], Tensor]) -> Tensor:
@@ -605,11 +602,7 @@ class _Squeeze(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             sums = torch.bmm(grad, y.flatten(2).transpose(1, 2)) / gate.flatten(2).transpose(1, 2)
             grad_weight = sums.sum(0).view_as(weight)
-        terms = weight.flatten(1).T.expand(len(y), -1, -1), grad
-        if _out_of_place():
-            return torch.baddbmm(grad_x.flatten(2), *terms).view_as(grad_x), grad_weight, None
-        grad_x.flatten(2).baddbmm_(*terms)  # _Excite made it, for this alone
-        return grad_x, grad_weight, None
+        return _plus_product(grad_x, weight.flatten(1).T.expand(len(y), -1, -1), grad), grad_weight, None
 
 
 class _Excite(torch.autograd.Function):
@@ -625,8 +618,8 @@ class _Excite(torch.autograd.Function):
         y, factor = ctx.saved_tensors
         # attached to their nodes they would be a reference cycle if the squeeze's backward never runs
         ctx.ends[:] = (y, factor) if torch.is_grad_enabled() else (y.detach(), factor.detach())
-        (sums,) = _sums_of_products(grad, y, [factor])
-        return gate(grad, factor), sums / factor, None
+        grad_x, sums = _gate_backward(grad, y, [factor])
+        return grad_x, sums / factor, None
 
 
 def rectified(y: Tensor) -> Tensor:
@@ -652,7 +645,7 @@ def part_shift(x: Tensor, ahead: int, behind: int, n_segment: int, reverse: bool
 
     if not needs_grad(x):
         return shifted(x)
-    return _noted(_PartShift.apply(x, ahead, behind, n_segment, reverse), shifted)
+    return _noted(x, _PartShift.apply(x, ahead, behind, n_segment, reverse), shifted)
 
 
 def _part_shift(

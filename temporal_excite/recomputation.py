@@ -23,10 +23,13 @@ class Recomputable:
     Args:
         y: the tensor.
         compute: returns the tensor once more.
+        source: what ``compute`` asks for the value of another such tensor.
     """
 
-    def __init__(self, y: Tensor, compute: Callable[[], Tensor]) -> None:
-        self._compute = compute
+    def __init__(
+        self, y: Tensor, compute: Callable[[], Tensor], source: "Recomputable | None" = None
+    ) -> None:
+        self._compute, self._source = compute, source
         self._version = y._version
         self._strides = y.stride()
         self._owed = self._left = 0  # how often this was saved; how often it is still to be unpacked
@@ -40,7 +43,7 @@ class Recomputable:
 
     def replaced(self, compute: Callable[[], Tensor]) -> None:
         """From now on ``compute`` returns ``y``, or what can stand in for it wherever it was saved."""
-        self._compute = compute
+        self._compute, self._source = compute, None
 
     def instead_of(self, y: Tensor) -> AbstractContextManager:
         """A context in which autograd saves this object wherever it would save ``y``, in any shape.
@@ -55,10 +58,15 @@ class Recomputable:
         def pack(saved: Tensor) -> tuple[Any, ...]:
             if saved.data_ptr() != address or saved.numel() != size:
                 return saved, saved._version
-            self._owed += 1
+            self._owe()
             return self, saved.shape, saved.stride()
 
         return saved_tensors_hooks(pack, _unpack)
+
+    def _owe(self) -> None:
+        if self._source and not self._owed:  # asked once for all who ask for this value
+            self._source._owe()
+        self._owed += 1
 
     @staticmethod
     def of(y: Any) -> "Recomputable | None":
@@ -134,14 +142,18 @@ def version_of(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
-def computing(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
-    """A callable that returns ``function(x)`` under the present autocast. Saves ``x`` for it."""
-    node: Any = _Kept.apply(x).grad_fn
+def computing(
+    function: Callable[[Tensor], Tensor], x: Tensor, source: Recomputable | None = None
+) -> Callable[[], Tensor]:
+    """A callable that returns, under the present autocast, ``function(x)`` for the ``x`` that ``source``
+    recomputes, or else for ``x``, which is saved."""
+    differentiable = x if x.requires_grad else x.detach().requires_grad_()
+    node: Any = None if source else _Kept.apply(differentiable).grad_fn
     autocast = autocast_of_now(x)
 
     def compute() -> Tensor:
         with torch.no_grad(), autocast:
-            return function(*node.saved_tensors)
+            return function(source.value() if source else node.saved_tensors[0])
 
     return compute
 

@@ -89,9 +89,9 @@ def test_what_a_hook_holds_stays_as_it_is(name):
     assert all(torch.equal(a, b) for a, b in zip(held, copies, strict=True))
 
 
-def test_results_with_a_gradient_while_recomputing_only():
+def test_results_with_a_gradient_not_saved_only():
     x = torch.empty(SHAPE)
-    with memory.recomputing():
+    with memory.not_saved():
         assert memory.result_like(x, memory_format=torch.channels_last).data_ptr() in kept_addresses()
     assert memory.result_like(x, memory_format=torch.channels_last).data_ptr() not in kept_addresses()
 

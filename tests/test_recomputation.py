@@ -143,7 +143,7 @@ def test_nothing_holds_the_output(monkeypatch):
     loss.backward()
 
 
-@pytest.mark.parametrize("module", ["shift", "ste", "me", "tea_me"])
+@pytest.mark.parametrize("module", ["shift", "ste", "ce", "me", "action", "tea_me"])
 def test_twice_and_of_gradients(module):
     model = network(module, channels=4).eval()
     plain = te.set_fast(copy.deepcopy(model), False)
@@ -276,17 +276,33 @@ def test_hooks_of_tensors_run_once(module, create_graph):
     close(*grads)
 
 
-def test_the_module_is_left_alone_while_a_copy_runs_again(monkeypatch):
-    """Other threads may use it meanwhile."""
-    model, ran = network("me", placement="loc1"), []
-    monkeypatch.setattr(
-        te.ME, "gate", lambda self, x, gate=te.ME.gate: ran.append((self, self.norm)) or gate(self, x)
-    )
-    model(torch.randn(8, 3, 6, 5, dtype=torch.float64)).sum().backward()
-    own = [(m.me, m.me.norm) for m in model.modules() if isinstance(m, te.ActionModule)]
-    assert ran[:2] == own
-    assert len(ran) == 4 and not {id(m) for pair in ran[2:] for m in pair} & {id(m) for m in model.modules()}
-    assert {norm.num_batches_tracked.item() for _, norm in own} == {1}
+@pytest.mark.parametrize("placement", ["loc1", "loc4"])
+@pytest.mark.parametrize("module", ["action", "tea_me"])
+def test_statistics_move_once(module, placement):
+    model, x = network(module, placement=placement), torch.randn(8, 3, 6, 5, dtype=torch.float64)
+    plain = te.set_fast(copy.deepcopy(model), False)
+    for m in (model, plain):
+        m(x).square().sum().backward()
+    counts = [b.item() for name, b in model.named_buffers() if "num_batches" in name]
+    assert counts and set(counts) == {1}
+    close([b.double() for b in model.buffers()], [b.double() for b in plain.buffers()])
+
+
+def test_statistics_changed_before_backward_are_an_error():
+    """Behind a norm the module's input is computed again by them."""
+    model, x = network("tea_me", placement="loc4").eval(), torch.randn(8, 3, 6, 5, dtype=torch.float64)
+    loss = model(x.requires_grad_()).sum()
+    model[1].norm.running_mean.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_squeeze_of_another_kind_may_change_its_input():
+    def change(model):
+        for site in te.sites(model):
+            site.module.me.squeeze = nn.Sequential(nn.ReLU(inplace=True), site.module.me.squeeze)
+
+    compared(change, "me")
 
 
 class Adapted(nn.Module):
@@ -441,6 +457,7 @@ def test_input_without_a_gradient(module):
     plain = te.set_fast(copy.deepcopy(model), False)
     grads = [torch.autograd.grad(m(x).square().sum(), list(m.parameters())) for m in (model, plain)]
     close(*grads)
+    assert saved_bytes(model, x) <= saved_bytes(plain, x) - (module != "tsm") * 0.9 * x.nbytes
 
 
 def test_graph_of_gradients_after_a_pass_without():

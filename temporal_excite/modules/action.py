@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import passes
+from .. import memory, passes
 from ..ops import (
     apply_taps,
     channel_mean,
@@ -62,9 +62,6 @@ class Excitation(TemporalModule):
         self.check(x)
         if not self.fast:
             return x * _combine([self.gate(x)], self.identity_start).to(x.dtype)
-        return passes.recompute(self._excite, x)
-
-    def _excite(self, x: Tensor) -> Tensor:
         return passes.gate(x, _combine([self.gate(x)], self.identity_start))
 
 
@@ -203,7 +200,8 @@ class ME(Excitation):
         if self.fast and self.linear:
             with full_precision(x):
                 return self.motion_of_means(passes.nine_means(x), *x.shape[2:])
-        with passes.without_saving(x):
+        # another layer in its place may save, or change, more than its input
+        with passes.without_saving(x) if read_as_called(self.squeeze) else nullcontext():
             squeezed = squeeze(self.squeeze, x) if self.fast else self.squeeze(x)
         return self.motion_of_squeezed(squeezed)
 
@@ -323,33 +321,36 @@ class ActionModule(TemporalModule):
             y = self.shift(x)
             gates = [getattr(self, path).gate(y) for path in self.paths]
             return y * _combine(gates, self.identity_start).to(x.dtype)
-        return passes.recompute(self._excite, x)
-
-    def _excite(self, x: Tensor) -> Tensor:
         shift: Any = self.shift
         own = type(shift) is TemporalConv and not has_hooks(shift)  # nobody else holds y
-        conv = shift.by_rows(x) if own and self._is_pooled else None
-        if conv:
-            channel, pixel = [], []
-            with full_precision(x):
-                if self.paths != ("ste",):
-                    means = passes.nine_means(x) if "me" in self.paths else spatial_mean(x)[None]
-                    channel = self._gates_of_means(conv.of_means(means), x)
-                if "ste" in self.paths:
-                    pixel = [self.ste.gate_of_mean(conv.channel_mean())]
-            return conv.result(*self._factors(channel, pixel))
-        y = self.shift(x)
-        channel = self._channel_gates(y)
-        pixel = [self.ste.gate(y)] if "ste" in self.paths else []
-        return passes.gate(y, *self._factors(channel, pixel), reuse=own)
+        known = self._knows_paths
+        motion = self.me if known and "me" in self.paths else None
+        squeeze = motion.squeeze if motion and not motion.linear else None
+        means = 9 if motion and not squeeze else int("ce" in self.paths)
+        if own and known and not squeeze and (conv := shift.by_rows(x)):
+            of_x = passes.read(x, None, means, False)[1].means
+            mean = conv.channel_mean() if "ste" in self.paths else None
+            readings = passes.Readings(None, None if of_x is None else conv.of_means(of_x), mean)
+            return conv.result(*self._factors(*self._gates(readings, x)))
+        with memory.not_saved():
+            y = passes.note_output(x, self.shift(x))
+            if known:
+                y, readings = passes.read(y, squeeze, means, "ste" in self.paths)
+                channel, pixel = self._gates(readings, y)
+            else:
+                channel = [getattr(self, path).gate(y) for path in ("ce", "me") if path in self.paths]
+                pixel = [self.ste.gate(y)] if "ste" in self.paths else []
+            return passes.gate(y, *self._factors(channel, pixel), reuse=own)
 
     @property
-    def _is_pooled(self) -> bool:
-        """Whether the gates need nothing of y but its means."""
+    def _knows_paths(self) -> bool:
+        """Whether the gates can be computed of what :func:`~.passes.read` gives."""
         paths = [getattr(self, path) for path in self.paths]
         if any({"forward", "gate"} & vars(part).keys() for part in (self.shift, *paths)):  # replaced methods
             return False
-        return all(p.fast and (type(p) in (STE, CE) or (type(p) is ME and p.linear)) for p in paths)
+        if "me" in self.paths and not (self.me.linear or read_as_called(self.me.squeeze)):
+            return False
+        return all(path.fast and type(path) in (STE, CE, ME) for path in paths)
 
     def _factors(self, channel: list[Tensor], pixel: list[Tensor]) -> list[Tensor]:
         """What y is multiplied with, as terms of a sum: one for channels, one for pixels, or both."""
@@ -359,22 +360,22 @@ class ActionModule(TemporalModule):
             return [total * (2 / n) for total in (first, *rest)]
         return [first + n, *rest]
 
-    def _channel_gates(self, y: Tensor) -> list[Tensor]:
-        """The masks of CE and ME, from the same means where ME needs no more."""
-        if "me" in self.paths and self.me.fast and self.me.linear:
-            with full_precision(y):
-                return self._gates_of_means(passes.nine_means(y), y)
-        return [getattr(self, path).gate(y) for path in ("ce", "me") if path in self.paths]
-
-    def _gates_of_means(self, means: Tensor, y: Tensor) -> list[Tensor]:
-        """The masks of ME and CE for frames of the size of ``y``, given their nine means (for CE alone the
-        first); to be called without autocast."""
-        gates = []
-        if "me" in self.paths:
-            gates.append(self.me.gate_of_motion(self.me.motion_of_means(means, *y.shape[2:])))
-        if "ce" in self.paths:
-            gates.append(self.ce.gate_of_mean(means[0]))
-        return gates
+    def _gates(self, readings: passes.Readings, y: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The masks of channels and of pixels, of frames of the size of ``y``."""
+        squeezed, means, mean = readings
+        channel, pixel = [], []
+        with full_precision(y):
+            if "ce" in self.paths:
+                channel.append(self.ce.gate_of_mean(means[0]))
+            if "ste" in self.paths:
+                pixel.append(self.ste.gate_of_mean(mean))
+            if "me" in self.paths:
+                if squeezed is None:
+                    motion = self.me.motion_of_means(means, *y.shape[2:])
+                else:
+                    motion = self.me.motion_of_squeezed(squeezed)
+                channel.append(self.me.gate_of_motion(motion))
+        return channel, pixel
 
 
 def _combine(gates: list[Tensor], centred: bool) -> Tensor:
