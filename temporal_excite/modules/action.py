@@ -293,12 +293,8 @@ class ActionModule(TemporalModule):
         causal: bool = False,
     ) -> None:
         super().__init__(channels, n_segment, causal=causal)
-        if (
-            isinstance(paths, str)
-            or not paths
-            or set(paths) - {"ste", "ce", "me"}
-            or len(set(paths)) < len(paths)
-        ):
+        names = list(paths) if isinstance(paths, Sequence) and not isinstance(paths, str) else []
+        if not names or any(name not in ("ste", "ce", "me") for name in names) or len({*names}) < len(names):
             raise ValueError(f"paths must be distinct names out of ('ste', 'ce', 'me'), got {paths!r}")
         self.identity_start = identity_start
         self.relu = relu

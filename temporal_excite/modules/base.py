@@ -36,11 +36,14 @@ class TemporalModule(nn.Module):
         self.causal = causal
 
     def check(self, x: Tensor) -> None:
-        """Raise a ``ValueError`` unless ``x`` is ``(N*n_segment, channels, H, W)``; in a step of a stream
-        any number of frames, one a stream, and a ``RuntimeError`` unless the step is this module's."""
+        """Raise a ``ValueError`` unless ``x`` is ``(N*n_segment, channels, H, W)``, a ``TypeError`` for
+        integers if the module has weights; in a step of a stream any number of frames, one a stream, and a
+        ``RuntimeError`` unless the step is this module's."""
         if step := past.current():
             step.check(self)
         check_frames(x, 1 if step else self.n_segment, self.channels)
+        if not x.is_floating_point() and next(self.parameters(), None) is not None:
+            raise TypeError(f"expected frames of floating point, got {x.dtype}; convert them with x.float()")
 
     def past(self, x: Tensor, steps: int = 1, name: str = "x") -> list[Tensor]:
         """``x`` of 1 .. ``steps`` frames ago, latest first; zeros before a clip's or a stream's first frame.
