@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 _LEAST, _MOST = 1 << 20, 64 << 20  # bytes; less is cheap anyway, more is not kept
-_PIECES = 4  # forward: an output and a temporary tensor; backward: both recomputed, and two gradients
+_PIECES = 4  # a shifted input, a result, a block of its gate; in a backward pass also a gradient
 
 
 class _Piece:

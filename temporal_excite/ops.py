@@ -405,8 +405,7 @@ def channel_mean(x: Tensor) -> Tensor:
     large = x.is_cpu and x.dtype == torch.float32 and x.shape[2] * x.shape[3] >= 1 << 10
     if large and x.is_contiguous() and not (traced() or torch.is_grad_enabled()):
         # a product reads large maps faster; its gradient would be one too, where a sum's is a view
-        weights = x.new_full((1, 1, x.shape[1]), 1 / x.shape[1])
-        return torch.bmm(weights.expand(len(x), -1, -1), x.flatten(2)).unflatten(2, x.shape[2:])
+        return squeeze_by_frame(x.new_full((1, x.shape[1]), 1 / x.shape[1]), x)
     return _mean(x, (1,), x.shape[1], keepdim=True)
 
 

@@ -1,9 +1,10 @@
 """Passes over full-size tensors, arranged for memory traffic.
 
 Each function has the value, and the gradient, of the plain line its docstring gives. In eager mode it blocks
-its loops so that intermediate results stay in cache, and saves only its inputs for backward (:func:`excite`
-its result instead); a graph (``torch.compile``, ``torch.export``, tracing) gets the plain line, which a
-compiler fuses by itself, and so does a transformation of single operations (``torch.func``).
+its loops so that intermediate results stay in cache, and saves only its inputs for backward, or how to
+recompute them (:func:`excite` its result instead); a graph (``torch.compile``, ``torch.export``, tracing)
+gets the plain line, which a compiler fuses by itself, and so does a transformation of single operations
+(``torch.func``).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -42,12 +43,11 @@ def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
 def as_recomputable(x: Tensor, y: Tensor) -> Tensor:
     """``y``, computed from ``x`` by a temporal module, as the input of the next layer, whose convolution then
     saves how to recompute ``y`` instead of ``y``. Where that is not known, ``y`` itself."""
-    again = _again(x, y)
-    if again is None:
-        return y
-    given = y.as_subclass(Input)
-    given.again = again
-    return given
+    if again := _again(x, y):
+        given = y.as_subclass(Input)
+        given.again = again
+        return given
+    return y
 
 
 def note_output(x: Tensor, y: Tensor) -> Tensor:
@@ -268,6 +268,12 @@ class RowConv:
         sums = ops.sums_of_rows(self.table, self.rows, self.starts[::channels].contiguous(), self.weights)
         return sums.div_(channels).view(frames, 1, height, width)
 
+    def read(self, means: int, channel_mean: bool) -> "Readings":
+        """What :func:`read` gives of the result, but for a squeeze."""
+        of_x = read(self.x, None, means, False)[1].means
+        of_y = None if of_x is None else self.of_means(of_x)
+        return Readings(None, of_y, self.channel_mean() if channel_mean else None)
+
 
 def row_conv(x: Tensor, weight: Tensor, n_segment: int, causal: bool) -> RowConv | None:
     """:func:`temporal_conv` before it is stored, of contiguous frames, where no gradient is wanted; None
@@ -460,11 +466,11 @@ def _gate_backward(grad: Tensor, y: Tensor, gates: Sequence[Tensor]) -> tuple[Te
     step = _per_block(views[1], 1)
     spare = torch.empty_like(views[1][:, :step])
     for first, second, new, *others in zip(*(t.split(step, 1) for t in views), strict=True):
+        terms, outs = others[: len(gates)], others[len(gates) :]
         here = spare[:, : first.shape[1]]
         torch.mul(first, second, out=here)
-        for d, out in zip(dims, others[len(gates) :], strict=True):
+        for d, out in zip(dims, outs, strict=True):
             torch.sum(here, d, keepdim=True, dtype=out.dtype, out=out)
-        terms = others[: len(gates)]
         torch.mul(first, torch.add(*terms, out=here) if len(terms) > 1 else terms[0].to(y.dtype), out=new)
     return result, *sums
 
@@ -476,36 +482,43 @@ class Readings(NamedTuple):
     """A 1x1 convolution of the maps."""
     means: Any
     """The first of their :func:`nine_means`, ``(K, N*T, C)``."""
-    mean: Any
+    channel_mean: Any
     """Their mean over the channels, ``(N*T, 1, H, W)``."""
 
 
-def read(x: Tensor, squeeze: nn.Module | None, means: int, mean: bool) -> tuple[Tensor, Readings]:
-    """``x`` for the gates to multiply, and what they are computed of: ``squeeze(x)``, a number of means (0, 1
-    or 9), the mean over the channels."""
-    if has_read(x, squeeze):
-        weight = None if squeeze is None else squeeze.weight
+def read(x: Tensor, conv: nn.Module | None, means: int, channel_mean: bool) -> tuple[Tensor, Readings]:
+    """``x`` for the gates to multiply, and what they are computed of: ``conv(x)``, a number of means (0,
+    1 or 9), the mean over the channels."""
+    if trains_precisely(x, conv):
+        weight = None if conv is None else conv.weight
         with without_saving(x):
-            same, *readings = _Read.apply(x, weight, means, mean)
+            same, *readings = _Read.apply(x, weight, means, channel_mean)
         same.again = Recomputable.of(x)
         return same, Readings(*readings)
-    squeezed = None
-    if squeeze is not None:
-        # another layer in its place may save, or change, more than its input
-        with without_saving(x) if read_as_called(squeeze) else nullcontext():
-            squeezed = ops.squeeze(squeeze, x)
+    squeezed = None if conv is None else squeeze(conv, x)
     with ops.full_precision(x):
-        of_maps = None if not means else ops.spatial_mean(x)[None] if means == 1 else nine_means(x)
-        return x, Readings(squeezed, of_maps, ops.channel_mean(x) if mean else None)
+        return x, Readings(squeezed, _means(x, means), ops.channel_mean(x) if channel_mean else None)
 
 
-def has_read(x: Tensor, squeeze: nn.Module | None) -> bool:
-    """Whether gradients may be wanted, and ``x`` has the precision of the parameters and of sums."""
+def squeeze(conv: nn.Module, x: Tensor) -> Tensor:
+    """:func:`~temporal_excite.ops.squeeze`."""
+    # another layer in its place may save, or change, more than its input
+    with without_saving(x) if read_as_called(conv) else nullcontext():
+        return ops.squeeze(conv, x)
+
+
+def _means(x: Tensor, count: int) -> Tensor | None:
+    """The first 0, 1 or 9 of the :func:`nine_means`."""
+    if not count:
+        return None
+    return ops.spatial_mean(x)[None] if count == 1 else nine_means(x)
+
+
+def trains_precisely(x: Tensor, conv: nn.Module | None) -> bool:
+    """Whether gradients may be wanted, and ``x`` has the precision of the parameters and of sums. In a lower
+    one the products of :func:`read`, and the quotient of :func:`excite`, would round too much."""
     return (
-        (
-            squeeze is None
-            or (read_as_called(squeeze) and squeeze.bias is None and squeeze.weight.dtype == x.dtype)
-        )
+        (conv is None or (read_as_called(conv) and conv.bias is None and conv.weight.dtype == x.dtype))
         and _is_real(x)
         and x.dtype in (torch.float32, torch.float64)
         and ops.autocast_dtype(x.device.type) is None
@@ -520,30 +533,28 @@ class _Read(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, means: int, mean: bool
+        ctx: Any, x: Tensor, weight: Tensor | None, means: int, channel_mean: bool
     ) -> tuple[Tensor | None, ...]:
         ctx.save_for_backward(weight, None if weight is None else x)
         ctx.shape = x.shape
         rows = [] if weight is None else [weight.flatten(1)]
-        if mean:
+        if channel_mean:
             rows.append(x.new_full((1, x.shape[1]), 1 / x.shape[1]))
         squeezed = of_channels = None
         if rows:
-            maps = torch.bmm(torch.cat(rows).expand(len(x), -1, -1), x.flatten(2)).unflatten(2, x.shape[2:])
-            squeezed = maps[:, : maps.shape[1] - mean].contiguous() if weight is not None else None
-            of_channels = maps[:, -1:].contiguous() if mean else None
-        of_maps = None if not means else ops.spatial_mean(x)[None] if means == 1 else ops.nine_means(x)
-        return x, squeezed, of_maps, of_channels
+            maps = ops.squeeze_by_frame(torch.cat(rows), x)
+            squeezed = maps[:, : maps.shape[1] - channel_mean].contiguous() if weight is not None else None
+            of_channels = maps[:, -1:].contiguous() if channel_mean else None
+        return x, squeezed, _means(x, means), of_channels
 
     @staticmethod
     @_without_autocast
-    def backward(ctx: Any, grad: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *grads: Any) -> tuple[Tensor | None, ...]:
         weight, x = ctx.saved_tensors
         squeezed, of_maps, of_channels = grads
         frames, channels, height, width = ctx.shape
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            assert squeezed is not None
             grad_weight = torch.bmm(squeezed.flatten(2), x.flatten(2).transpose(1, 2)).sum(0).view_as(weight)
         if not ctx.needs_input_grad[0]:
             return None, grad_weight, None, None
@@ -578,7 +589,7 @@ def excite(x: Tensor, weight: Tensor, gate_of: Callable[[Tensor], Tensor]) -> Te
     y: Tensor = _Excite.apply(same, gate_of(squeezed), ends)
     if again := Recomputable.of(x):
         # detached: y's own node leads to the layer that saves this, a reference cycle
-        again.replaced(computing(lambda y: y, y.detach().requires_grad_()))
+        again.replaced(computing(lambda y: y, y.detach()))
     return y
 
 

@@ -147,9 +147,8 @@ def computing(
 ) -> Callable[[], Tensor]:
     """A callable that returns, under the present autocast, ``function(x)`` for the ``x`` that ``source``
     recomputes, or else for ``x``, which is saved."""
-    differentiable = x if x.requires_grad else x.detach().requires_grad_()
-    node: Any = None if source else _Kept.apply(differentiable).grad_fn
-    autocast = autocast_of_now(x)
+    node: Any = None if source else _Kept.apply(x if x.requires_grad else x.detach().requires_grad_()).grad_fn
+    autocast = _autocast_of_now(x)
 
     def compute() -> Tensor:
         with torch.no_grad(), autocast:
@@ -167,7 +166,7 @@ class _Kept(torch.autograd.Function):
         return x.new_empty(0)
 
 
-def autocast_of_now(x: Tensor) -> AbstractContextManager:
+def _autocast_of_now(x: Tensor) -> AbstractContextManager:
     """The present autocast on the device of ``x``, as a context to enter later."""
     kind = x.device.type
     if not torch.amp.is_autocast_available(kind):

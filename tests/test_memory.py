@@ -70,10 +70,11 @@ def test_each_thread_has_its_own():
     assert found[0] != mine.data_ptr()
 
 
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", ["tsm", "action", "ste", "tea_me"])
-def test_what_a_hook_holds_stays_as_it_is(name):
+def test_what_a_hook_holds_stays_as_it_is(name, training):
     torch.manual_seed(0)
-    model = te.inject(timm.create_model("resnet18"), name).eval()
+    model = te.inject(timm.create_model("resnet18"), name).train(training)
     held, copies = [], []
 
     def hold(module, args, output):
@@ -82,14 +83,16 @@ def test_what_a_hook_holds_stays_as_it_is(name):
 
     for site in te.sites(model):
         site.module.register_forward_hook(hold)
-    with torch.no_grad():
-        model(torch.randn(8, 3, 112, 112))
-        model(torch.randn(8, 3, 112, 112))
+    for _ in range(2):
+        with torch.set_grad_enabled(training):
+            y = model(torch.randn(8, 3, 112, 112))
+        if training:
+            y.sum().backward()
     assert len(held) == 16
     assert all(torch.equal(a, b) for a, b in zip(held, copies, strict=True))
 
 
-def test_results_with_a_gradient_not_saved_only():
+def test_results_with_a_gradient_only_where_not_saved():
     x = torch.empty(SHAPE)
     with memory.not_saved():
         assert memory.result_like(x, memory_format=torch.channels_last).data_ptr() in kept_addresses()

@@ -277,6 +277,21 @@ def test_hooks_of_tensors_run_once(module, create_graph):
 
 
 @pytest.mark.parametrize("placement", ["loc1", "loc4"])
+def test_the_shifted_input_is_recomputed_once(placement, monkeypatch):
+    runs = []
+    monkeypatch.setattr(
+        passes, "_temporal_conv", lambda *args, run=passes._temporal_conv: runs.append(0) or run(*args)
+    )
+    model, x = network(placement=placement), torch.randn(8, 3, 6, 5, dtype=torch.float64)
+    loss = model(x).sum()
+    assert len(runs) == 2
+    for _ in range(2):
+        runs.clear()
+        loss.backward(retain_graph=True)
+        assert len(runs) == 4  # and the adjoint convolutions
+
+
+@pytest.mark.parametrize("placement", ["loc1", "loc4"])
 @pytest.mark.parametrize("module", ["action", "tea_me"])
 def test_statistics_move_once(module, placement):
     model, x = network(module, placement=placement), torch.randn(8, 3, 6, 5, dtype=torch.float64)
@@ -303,6 +318,20 @@ def test_a_squeeze_of_another_kind_may_change_its_input():
             site.module.me.squeeze = nn.Sequential(nn.ReLU(inplace=True), site.module.me.squeeze)
 
     compared(change, "me")
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("module", ["action", "me"])
+@pytest.mark.parametrize("part", ["squeeze", "transform"])
+def test_biases_count(part, module, training):
+    """As fusing a convolution with its batch norm makes them."""
+
+    def change(model):
+        for site in te.sites(model):
+            conv = site.module.me.get_submodule(part)
+            conv.bias = nn.Parameter(conv.weight.new_ones(conv.out_channels))
+
+    compared(change, module, training)
 
 
 class Adapted(nn.Module):
@@ -351,7 +380,7 @@ def bound(model):
 
 
 @pytest.mark.parametrize("change", [adapted, normed, listened, viewed, bound])
-def test_parts_that_differ_when_run_again(change):
+def test_parts_that_others_changed(change):
     x, found = torch.randn(8, 3, 6, 5, dtype=torch.float64), []
     for fast in (True, False):
         model = te.set_fast(network(channels=16), fast)
@@ -444,15 +473,16 @@ def test_replicas_of_data_parallel_learn(module):
     x = torch.randn(8, 8, 6, 5, dtype=torch.float64, requires_grad=True)
     replica = source._replicate_for_data_parallel()
     replica.weight = source.weight.clone()
-    replica._former_parameters = {"weight": replica.weight}
     found = torch.autograd.grad(replica(x).square().sum(), [x, source.weight])
     for a, b in zip(found, torch.autograd.grad(source(x).square().sum(), [x, source.weight]), strict=True):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("module", ["tsm", "shift", "action"])
-def test_input_without_a_gradient(module):
-    model = te.inject(nn.Sequential(Block(8)).double(), module, n_segment=4)
+@pytest.mark.parametrize(
+    ("module", "kwargs"), [("tsm", {}), ("shift", {}), ("action", {}), ("action", {"shift": False})]
+)
+def test_input_without_a_gradient(module, kwargs):
+    model = te.inject(nn.Sequential(Block(8)).double(), module, n_segment=4, **kwargs)
     x = torch.randn(8, 8, 6, 5, dtype=torch.float64)
     plain = te.set_fast(copy.deepcopy(model), False)
     grads = [torch.autograd.grad(m(x).square().sum(), list(m.parameters())) for m in (model, plain)]

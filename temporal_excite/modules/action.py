@@ -28,7 +28,6 @@ from ..ops import (
     previous,
     read_as_called,
     spatial_mean,
-    squeeze,
     step_ahead,
     taps_of,
     to_clips,
@@ -200,10 +199,7 @@ class ME(Excitation):
         if self.fast and self.linear:
             with full_precision(x):
                 return self.motion_of_means(passes.nine_means(x), *x.shape[2:])
-        # another layer in its place may save, or change, more than its input
-        with passes.without_saving(x) if read_as_called(self.squeeze) else nullcontext():
-            squeezed = squeeze(self.squeeze, x) if self.fast else self.squeeze(x)
-        return self.motion_of_squeezed(squeezed)
+        return self.motion_of_squeezed(passes.squeeze(self.squeeze, x) if self.fast else self.squeeze(x))
 
     def motion_of_squeezed(self, squeezed: Tensor) -> Tensor:
         """The pooled motion F of ``squeeze(x)``."""
@@ -235,7 +231,10 @@ class ME(Excitation):
         """The pooled motion F of frames of that size whose :func:`~.ops.nine_means` are ``means``; to be
         called without autocast."""
         # a mean over any positions passes the squeeze and the norm like a pixel
-        features = linear(means.flatten(0, 1), self.squeeze.weight.flatten(1).to(means.dtype))
+        weight, bias = (
+            t if t is None else t.to(means.dtype) for t in (self.squeeze.weight, self.squeeze.bias)
+        )
+        features = linear(means.flatten(0, 1), weight.flatten(1), bias)
         if not isinstance(self.norm, nn.Identity):
             features = _normalise(self.norm, features)
         return self._motion_of_features(features.unflatten(0, means.shape[:2]), height, width)
@@ -243,7 +242,10 @@ class ME(Excitation):
     def _motion_of_features(self, means: Tensor, height: int, width: int) -> Tensor:
         """The pooled motion F from the nine means of f, ``(9, N*T, squeezed)``."""
         weights = coefficients(self.transform.weight.to(means.dtype), height, width)
-        return self._difference((weights[:, None] * means).sum(0), means[0])
+        transformed = (weights[:, None] * means).sum(0)
+        if self.transform.bias is not None:
+            transformed = transformed + self.transform.bias.to(means.dtype)
+        return self._difference(transformed, means[0])
 
     def _difference(self, transformed: Tensor, mean: Tensor) -> Tensor:
         """F from the means over the map of ``K * f`` and ``f``, ``(N*T, squeezed)``."""
@@ -324,10 +326,7 @@ class ActionModule(TemporalModule):
         squeeze = motion.squeeze if motion and not motion.linear else None
         means = 9 if motion and not squeeze else int("ce" in self.paths)
         if own and known and not squeeze and (conv := shift.by_rows(x)):
-            of_x = passes.read(x, None, means, False)[1].means
-            mean = conv.channel_mean() if "ste" in self.paths else None
-            readings = passes.Readings(None, None if of_x is None else conv.of_means(of_x), mean)
-            return conv.result(*self._factors(*self._gates(readings, x)))
+            return conv.result(*self._factors(*self._gates(conv.read(means, "ste" in self.paths), x)))
         with memory.not_saved():
             y = passes.note_output(x, self.shift(x))
             if known:
@@ -344,7 +343,7 @@ class ActionModule(TemporalModule):
         paths = [getattr(self, path) for path in self.paths]
         if any({"forward", "gate"} & vars(part).keys() for part in (self.shift, *paths)):  # replaced methods
             return False
-        if "me" in self.paths and not (self.me.linear or read_as_called(self.me.squeeze)):
+        if "me" in self.paths and not read_as_called(self.me.squeeze):
             return False
         return all(path.fast and type(path) in (STE, CE, ME) for path in paths)
 
@@ -358,18 +357,17 @@ class ActionModule(TemporalModule):
 
     def _gates(self, readings: passes.Readings, y: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """The masks of channels and of pixels, of frames of the size of ``y``."""
-        squeezed, means, mean = readings
         channel, pixel = [], []
         with full_precision(y):
             if "ce" in self.paths:
-                channel.append(self.ce.gate_of_mean(means[0]))
+                channel.append(self.ce.gate_of_mean(readings.means[0]))
             if "ste" in self.paths:
-                pixel.append(self.ste.gate_of_mean(mean))
+                pixel.append(self.ste.gate_of_mean(readings.channel_mean))
             if "me" in self.paths:
-                if squeezed is None:
-                    motion = self.me.motion_of_means(means, *y.shape[2:])
+                if readings.squeezed is None:
+                    motion = self.me.motion_of_means(readings.means, *y.shape[2:])
                 else:
-                    motion = self.me.motion_of_squeezed(squeezed)
+                    motion = self.me.motion_of_squeezed(readings.squeezed)
                 channel.append(self.me.gate_of_motion(motion))
         return channel, pixel
 

@@ -70,7 +70,7 @@ class MotionExcitation(ME):
 
     def _excite_rectified(self, x: Tensor) -> Tensor:
         hooked = not traced() and any(map(has_hooks, self.modules()))
-        if hooked or self.form == "text" or self.linear or not passes.has_read(x, self.squeeze):
+        if hooked or self.form == "text" or self.linear or not passes.trains_precisely(x, self.squeeze):
             reuse = not (hooked or hasattr(x, "kept"))
             y = passes.gate(x, 1 + self.gate(x), reuse=reuse)
             return y if hooked else passes.rectified(y)
