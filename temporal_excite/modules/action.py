@@ -231,10 +231,9 @@ class ME(Excitation):
         """The pooled motion F of frames of that size whose :func:`~.ops.nine_means` are ``means``; to be
         called without autocast."""
         # a mean over any positions passes the squeeze and the norm like a pixel
-        weight, bias = (
-            t if t is None else t.to(means.dtype) for t in (self.squeeze.weight, self.squeeze.bias)
-        )
-        features = linear(means.flatten(0, 1), weight.flatten(1), bias)
+        weight, bias = self.squeeze.weight.flatten(1), self.squeeze.bias
+        bias = None if bias is None else bias.to(means.dtype)
+        features = linear(means.flatten(0, 1), weight.to(means.dtype), bias)
         if not isinstance(self.norm, nn.Identity):
             features = _normalise(self.norm, features)
         return self._motion_of_features(features.unflatten(0, means.shape[:2]), height, width)
