@@ -69,7 +69,11 @@ class _Before(_Hook):
         if _hook(layer) is not self:
             return args
         x, *others = _given(layer, args)
-        return (passes.as_recomputable(x, self.run(layer, x)), *others)
+        y, module = self.run(layer, x), _module_of(layer)
+        # the next layer's backward pass runs first, when weights that wrappers or hooks lend may not be back
+        if isinstance(module, TemporalModule) and not has_hooks(module):
+            y = passes.as_recomputable(x, y)
+        return (y, *others)
 
 
 class _After(_Hook):

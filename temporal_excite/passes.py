@@ -7,6 +7,7 @@ gets the plain line, which a compiler fuses by itself, and so does a transformat
 (``torch.func``).
 """
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, wraps
@@ -65,8 +66,9 @@ def _again(x: Tensor, y: Tensor) -> Recomputable | None:
     node: Any = y.grad_fn
     if getattr(node, "version", None) != y._version:  # a hook has changed it, unseen by autograd
         return None
-    if node.source or (node.input and node.input == _identity(x)):
-        return Recomputable(y, computing(node.again, x, node.source), node.source)
+    source = node.source and node.source()
+    if source or (node.input and node.input == _identity(x)):
+        return Recomputable(y, computing(node.again, x, source), source)
     return None
 
 
@@ -74,7 +76,9 @@ def _noted(x: Tensor, y: Tensor, again: Callable[[Tensor], Tensor]) -> Tensor:
     """``y = again(x)``; its node then holds what :func:`_again` asks for."""
     node: Any = y.grad_fn
     node.version, node.again = y._version, again
-    node.source, node.input = Recomputable.of(x), _identity(x)
+    source = Recomputable.of(x)
+    # weakly: it keeps what it computes from, and a node can outlive what its backward pass frees
+    node.source, node.input = source and weakref.ref(source), _identity(x)
     return y
 
 
@@ -89,7 +93,8 @@ def note_norm_output(norm: nn.Module, x: Tensor, y: Tensor) -> None:
     """Let :func:`without_saving` save how to recompute ``y = norm(x)`` instead of ``y``."""
     if traced() or type(norm) is not nn.BatchNorm2d or not (needs_grad(x) and _is_real(y)):
         return
-    if len(norm._forward_hooks) == 1 and not norm._forward_pre_hooks:  # but for the hook that asks
+    # but for the hook that asks; and others may have replaced the instance's method
+    if len(norm._forward_hooks) == 1 and not norm._forward_pre_hooks and "forward" not in vars(norm):
         y.again = Recomputable(y, computing(_again_by(norm), x))  # type: ignore[attr-defined]
 
 
@@ -492,9 +497,12 @@ def read(x: Tensor, conv: nn.Module | None, means: int, channel_mean: bool) -> t
     if trains_precisely(x, conv):
         weight = None if conv is None else conv.weight
         with without_saving(x):
-            same, *readings = _Read.apply(x, weight, means, channel_mean)
+            same, squeezed, of_maps, of_channels = _Read.apply(x, weight, means, channel_mean)
         same.again = Recomputable.of(x)
-        return same, Readings(*readings)
+        squeezed, of_channels = (
+            t if t is None else t.unflatten(2, x.shape[2:]) for t in (squeezed, of_channels)
+        )
+        return same, Readings(squeezed, of_maps, of_channels)
     squeezed = None if conv is None else squeeze(conv, x)
     with ops.full_precision(x):
         return x, Readings(squeezed, _means(x, means), ops.channel_mean(x) if channel_mean else None)
@@ -515,7 +523,7 @@ def _means(x: Tensor, count: int) -> Tensor | None:
 
 
 def trains_precisely(x: Tensor, conv: nn.Module | None) -> bool:
-    """Whether gradients may be wanted, and ``x`` has the precision of the parameters and of sums. In a lower
+    """Whether a gradient is wanted, and ``x`` has the precision of the parameters and of sums. In a lower
     one the products of :func:`read`, and the quotient of :func:`excite`, would round too much."""
     return (
         (conv is None or (read_as_called(conv) and conv.bias is None and conv.weight.dtype == x.dtype))
@@ -523,13 +531,13 @@ def trains_precisely(x: Tensor, conv: nn.Module | None) -> bool:
         and x.dtype in (torch.float32, torch.float64)
         and ops.autocast_dtype(x.device.type) is None
         and not traced()
-        and torch.is_grad_enabled()
+        and needs_grad(x, *([] if conv is None else [conv.weight]))
     )
 
 
 class _Read(torch.autograd.Function):
-    """:func:`read`: the gradient of ``x`` comes in one piece, to which one product adds what the readings'
-    gradients give."""
+    """:func:`read`, maps as rows. The gradient of ``x`` comes in one piece, to which one product adds what
+    the readings' gradients give."""
 
     @staticmethod
     def forward(
@@ -542,9 +550,11 @@ class _Read(torch.autograd.Function):
             rows.append(x.new_full((1, x.shape[1]), 1 / x.shape[1]))
         squeezed = of_channels = None
         if rows:
-            maps = ops.squeeze_by_frame(torch.cat(rows), x)
-            squeezed = maps[:, : maps.shape[1] - channel_mean].contiguous() if weight is not None else None
-            of_channels = maps[:, -1:].contiguous() if channel_mean else None
+            maps = torch.bmm(torch.cat(rows).expand(len(x), -1, -1), x.flatten(2))
+            # no views, which nobody could change in place
+            of_channels = maps[:, -1:].clone() if channel_mean else None
+            if weight is not None:
+                squeezed = maps[:, :-1].clone() if channel_mean else maps
         return x, squeezed, _means(x, means), of_channels
 
     @staticmethod
@@ -555,17 +565,17 @@ class _Read(torch.autograd.Function):
         frames, channels, height, width = ctx.shape
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = torch.bmm(squeezed.flatten(2), x.flatten(2).transpose(1, 2)).sum(0).view_as(weight)
+            grad_weight = torch.bmm(squeezed, x.flatten(2).transpose(1, 2)).sum(0).view_as(weight)
         if not ctx.needs_input_grad[0]:
             return None, grad_weight, None, None
         terms = []  # what a channel counts for, and a position
         if squeezed is not None:
-            terms.append((weight.flatten(1).expand(frames, -1, -1), squeezed.flatten(2)))
+            terms.append((weight.flatten(1).expand(frames, -1, -1), squeezed))
         if of_maps is not None:
             positions = ops.constant(ops.mean_weights, height, width, grad, grad.dtype)[: len(of_maps)]
             terms.append((of_maps.transpose(0, 1), positions.expand(frames, -1, -1)))
         if of_channels is not None:
-            terms.append((grad.new_full((frames, 1, channels), 1 / channels), of_channels.flatten(2)))
+            terms.append((grad.new_full((frames, 1, channels), 1 / channels), of_channels))
         each, rows = (torch.cat(parts, 1) for parts in zip(*terms, strict=True))
         return _plus_product(grad, each.transpose(1, 2), rows), grad_weight, None, None
 

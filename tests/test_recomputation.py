@@ -23,6 +23,7 @@ from temporal_excite import passes
 from temporal_excite.hosts import blocks
 from temporal_excite.modules import TemporalModule
 from temporal_excite.modules.tea import MotionExcitation
+from temporal_excite.recomputation import Recomputable
 
 MODULES = ("tsm", "shift", "ste", "ce", "me", "action", "te", "tea_me")
 NETWORKS = [
@@ -690,3 +691,65 @@ def test_passes_that_end_early_leave_nothing(asked):
     del y
     gc.collect()
     assert alive() is None
+
+
+@pytest.mark.parametrize("placement", ["loc1", "loc2", "loc4"])
+@pytest.mark.parametrize("module", ["tsm", "shift", "action", "tea_me"])
+def test_nothing_is_kept_after_the_backward_pass(module, placement):
+    """Also while the loss is still there, as in a loop until the next step's takes its name."""
+
+    def kept():
+        gc.collect()
+        return [found for found in gc.get_objects() if type(found) is Recomputable]
+
+    model, before = network(module, placement=placement), len(kept())
+    loss = model(torch.randn(8, 3, 6, 5, dtype=torch.float64)).square().sum()
+    loss.backward()
+    assert len(kept()) == before
+    del loss
+
+
+def test_a_norm_with_a_method_of_its_own():
+    x, found = torch.randn(8, 3, 6, 5, dtype=torch.float64), []
+    for fast in (True, False):
+        model = te.set_fast(network(placement="loc4"), fast)
+        for block in model[1:]:
+            block.norm.forward = lambda x, norm=block.norm: 2 * nn.BatchNorm2d.forward(norm, x)
+        found.append(gradients(model, x))
+    close(*found)
+
+
+@pytest.mark.parametrize("t", [1, 4])
+@pytest.mark.parametrize("paths", [("me",), ("ce", "me"), ("ste", "ce", "me")])
+def test_what_stands_for_the_norm_may_change_its_input(paths, t):
+    module = te.ActionModule(8, t, 2, paths=paths).double()
+    module.me.norm = nn.ReLU(inplace=True)
+    plain = te.set_fast(copy.deepcopy(module), False)
+    x = torch.randn(t, 8, 6, 5, dtype=torch.float64)
+    close(gradients(module, x), gradients(plain, x))
+
+
+def test_frozen_a_single_frame_keeps_its_strides():
+    module = te.ActionModule(8, 1, 2, paths=("me",), norm=False).requires_grad_(False)
+    x = torch.randn(1, 8, 3, 5).contiguous(memory_format=torch.channels_last)
+    assert module(x).stride() == x.stride()
+
+
+def test_modules_sharded_by_themselves(tmp_path):
+    """FSDP has a module's weights back for its own backward pass, after the next layer's."""
+    from torch import distributed
+    from torch.distributed.fsdp import fully_shard
+
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        x = torch.randn(8, 3, 6, 5, dtype=torch.float64)
+        model = network().eval()
+        expected = gradients(te.set_fast(copy.deepcopy(model), False), x)
+        mesh = distributed.init_device_mesh("cpu", (1,))
+        for site in te.sites(model):
+            fully_shard(site.module, mesh=mesh)
+        model(x).square().sum().backward()
+        found = [getattr(p.grad, "_local_tensor", p.grad) for p in model.parameters()]
+        close(found, expected[1 : 1 + len(found)])
+    finally:
+        distributed.destroy_process_group()

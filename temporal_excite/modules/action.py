@@ -327,7 +327,7 @@ class ActionModule(TemporalModule):
         if own and known and not squeeze and (conv := shift.by_rows(x)):
             return conv.result(*self._factors(*self._gates(conv.read(means, "ste" in self.paths), x)))
         with memory.not_saved():
-            y = passes.note_output(x, self.shift(x))
+            y = passes.note_output(x, shift(x)) if own else shift(x)
             if known:
                 y, readings = passes.read(y, squeeze, means, "ste" in self.paths)
                 channel, pixel = self._gates(readings, y)
