@@ -70,9 +70,8 @@ class _Before(_Hook):
             return args
         x, *others = _given(layer, args)
         y, module = self.run(layer, x), _module_of(layer)
-        # the next layer's backward pass runs first, when weights that wrappers or hooks lend may not be back
-        if isinstance(module, TemporalModule) and not has_hooks(module):
-            y = passes.as_recomputable(x, y)
+        if isinstance(module, TemporalModule):  # of a wrapper the same holds as of hooks
+            y = passes.as_recomputable(x, y, module)
         return (y, *others)
 
 

@@ -113,7 +113,7 @@ def test_networks_learn_the_same(backbone, module, monkeypatch):
     x = torch.randn(8, 3, 32, 32)
     model = te.inject(timm.create_model(backbone), module).train()
     spared = gradients(copy.deepcopy(model), x)
-    monkeypatch.setattr(passes, "as_recomputable", lambda x, y: y)
+    monkeypatch.setattr(passes, "as_recomputable", lambda x, y, module: y)
     monkeypatch.setattr(passes, "note_norm_output", lambda norm, x, y: None)
     for found, expected in zip(spared, gradients(model, x), strict=True):
         assert torch.equal(found, expected)
@@ -132,9 +132,9 @@ def test_me_needs_its_result_alone(memory_format):
 def test_nothing_holds_the_output(monkeypatch):
     outputs = []
 
-    def watched(x, y, lent=passes.as_recomputable):
+    def watched(x, y, module, lent=passes.as_recomputable):
         outputs.append(weakref.ref(y))
-        return lent(x, y)
+        return lent(x, y, module)
 
     monkeypatch.setattr(passes, "as_recomputable", watched)
     model = network()
@@ -205,7 +205,7 @@ def test_backward_outside_of_autocast_runs_again_under_it(module, monkeypatch):
     for spare in (True, False):
         model = network(module, dtype=torch.float32, placement="loc4" if module == "tea_me" else "loc1")
         if not spare:
-            monkeypatch.setattr(passes, "as_recomputable", lambda x, y: y)
+            monkeypatch.setattr(passes, "as_recomputable", lambda x, y, module: y)
             monkeypatch.setattr(passes, "note_norm_output", lambda norm, x, y: None)
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(x).float().square().sum()
@@ -748,6 +748,7 @@ def test_modules_sharded_by_themselves(tmp_path):
         mesh = distributed.init_device_mesh("cpu", (1,))
         for site in te.sites(model):
             fully_shard(site.module, mesh=mesh)
+        fully_shard(model, mesh=mesh)
         model(x).square().sum().backward()
         found = [getattr(p.grad, "_local_tensor", p.grad) for p in model.parameters()]
         close(found, expected[1 : 1 + len(found)])

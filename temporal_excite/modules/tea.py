@@ -178,9 +178,10 @@ class MTA(TemporalModule):
         for part, shift, conv, norm in zip(parts, self.shifts, self.convs, self.norms, strict=False):
             if outputs and not self.stage:
                 part = part + outputs[-1]
-            outputs.append(self.act(norm(conv(passes.as_recomputable(part, shift(part))))))
+            outputs.append(self.act(norm(conv(passes.as_recomputable(part, shift(part), shift)))))
         if self.form == "released":
-            outputs.append(self.pool(passes.as_recomputable(plain, self.shifts[-1](plain))))
+            last = self.shifts[-1]
+            outputs.append(self.pool(passes.as_recomputable(plain, last(plain), last)))
         else:
             outputs.insert(0, self.pool(plain))
         return torch.cat(outputs, dim=1)
