@@ -42,9 +42,9 @@ def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def as_recomputable(x: Tensor, y: Tensor, module: nn.Module) -> Tensor:
-    """``y = module(x)``, of a temporal module, as the input of the next layer, whose convolution then saves how
-    to recompute ``y`` instead of ``y``. Where that is not known, ``y`` itself; also where the module has hooks:
-    the next layer's backward pass runs first, when weights that they lend (FSDP) may not be back."""
+    """``y = module(x)``, of a temporal module, as the input of the next layer, whose convolution then saves
+    how to recompute ``y`` instead of ``y``. Where that is not known, ``y`` itself; also where the module has
+    hooks: the next layer's backward pass runs first, when weights that they lend (FSDP) may not be back."""
     if not has_hooks(module) and (again := _again(x, y)):
         given = y.as_subclass(Input)
         given.again = again
