@@ -547,6 +547,26 @@ def test_modules_of_others_run_once():
     assert Noise.runs == 2
 
 
+@pytest.mark.parametrize("changed", ["input", "output"])
+def test_modules_of_others_may_change_what_they_have(changed):
+    """Unseen by autograd: the input is then no longer what the output was computed of."""
+
+    class Doubling(te.TemporalShift):
+        def forward(self, x):
+            y = super().forward(x)
+            with torch.no_grad():
+                (x if changed == "input" else y).mul_(2)
+            return y
+
+    convs, x = [nn.Conv2d(8, 8, 1).double() for _ in range(2)], torch.randn(8, 8, 6, 5, dtype=torch.float64)
+    found = []
+    for given in (passes.as_recomputable, lambda x, y, module: y):
+        module, inner = Doubling(8, 4), convs[0](x)
+        y = convs[1](given(inner, module(inner), module))
+        found.append(torch.autograd.grad(y.square().sum(), [p for conv in convs for p in conv.parameters()]))
+    close(*found)
+
+
 def test_behind_a_norm_that_changes_nothing_is_lost():
     for training in (True, False):
         model = network("tea_me", placement="loc4").train(training)
