@@ -430,7 +430,8 @@ def test_gradients_in_lower_precision_err_no_more_than_the_published_form(name, 
     errors = {True: torch.zeros(()), False: torch.zeros(())}
     for _ in range(6):
         module = build(name, 32, 4, torch.float32).train()
-        x, weight = torch.randn(8, 32, 14, 14) + 1, torch.randn(8, 32, 14, 14) * (1 if way == "converted" else 200)
+        scale = 1 if way == "converted" else 200
+        x, weight = torch.randn(8, 32, 14, 14) + 1, torch.randn(8, 32, 14, 14) * scale
         exact = te.set_fast(copy.deepcopy(module).double(), False)
         (exact(x.double()) * weight.double()).sum().backward()
         for fast in errors:

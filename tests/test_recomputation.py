@@ -560,9 +560,9 @@ def test_modules_of_others_may_change_what_they_have(changed):
 
     convs, x = [nn.Conv2d(8, 8, 1).double() for _ in range(2)], torch.randn(8, 8, 6, 5, dtype=torch.float64)
     found = []
-    for given in (passes.as_recomputable, lambda x, y, module: y):
+    for taken in (passes.as_recomputable, lambda x, y, module: y):
         module, inner = Doubling(8, 4), convs[0](x)
-        y = convs[1](given(inner, module(inner), module))
+        y = convs[1](taken(inner, module(inner), module))
         found.append(torch.autograd.grad(y.square().sum(), [p for conv in convs for p in conv.parameters()]))
     close(*found)
 
