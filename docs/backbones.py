@@ -83,7 +83,7 @@ def class_row(path: str, host: Host) -> str:
     """The line of one block class."""
     points = [getattr(host, f"loc{i}") for i in range(1, 5)]
     cells = " | ".join(f"`{p.partition('@')[0]}`".replace("|", "\\|") if p else "–" for p in points)
-    return f"| `{path}` | {cells} | {f'`{host.live}`' if host.live else 'always'} | {host.note} |"
+    return f"| `{path}` | {cells} | {f'`{host.shortcut}`' if host.shortcut else 'always'} | {host.note} |"
 
 
 def page() -> str:

@@ -476,7 +476,7 @@ def _select(
     known = find_blocks(model)
     if not known:
         raise ValueError(f"no site in {type(model).__name__}: none of its modules is of a known block class")
-    any_live = any(block.live for block in known)
+    any_shortcut = any(block.has_shortcut for block in known)
     if stages is not None:
         present = sorted({b.stage for b in known if b.stage is not None})
         if unknown := sorted(set(stages) - set(present)):
@@ -489,15 +489,15 @@ def _select(
         index = counts[parent] = counts.get(parent, -1) + 1
         step = every or _released_step(model, block.name)
         # A network without any shortcut has its blocks' starts all the same
-        if index % step or block.on_tokens or (any_live and not block.live):
+        if index % step or block.on_tokens or (any_shortcut and not block.has_shortcut):
             continue
         if not _matches(block.name, include, exclude):
             continue
         chosen.append(block)
     if not chosen:
         raise ValueError(
-            f"no site in {type(model).__name__}: {len(known)} known blocks, but none is live and passes "
-            f"stages={stages}, include={include!r}, exclude={exclude!r}, every={every}"
+            f"no site in {type(model).__name__}: {len(known)} known blocks, but none that takes a module "
+            f"passes stages={stages}, include={include!r}, exclude={exclude!r}, every={every}"
         )
     return chosen
 
@@ -522,14 +522,14 @@ def _skipped(model: nn.Module) -> SkippedList:
     """The known blocks without a module, each with the reason."""
     taken = {site.block for site in sites(model)}
     known = find_blocks(model)
-    any_live = any(block.live for block in known)
+    any_shortcut = any(block.has_shortcut for block in known)
     found = SkippedList()
     for block in known:
         if block.name in taken:
             continue
         if block.on_tokens:
             reason = "works on tokens (B, N, C), not on feature maps"
-        elif any_live and not block.live:
+        elif any_shortcut and not block.has_shortcut:
             reason = "has no shortcut"
         else:
             reason = "left out by every, stages, include or exclude" if taken else "nothing injected"

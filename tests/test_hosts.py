@@ -138,8 +138,8 @@ def test_block(path):
     model = lively(timm.create_model(name, num_classes=5)).eval()
     x = torch.randn(2, 3, size, size)
     known = [b for b in find_blocks(model) if b.host is host and not b.on_tokens]
-    any_live = any(b.live for b in find_blocks(model))
-    block = next(b for b in known if b.live or not any_live)
+    any_shortcut = any(b.has_shortcut for b in find_blocks(model))
+    block = next(b for b in known if b.has_shortcut or not any_shortcut)
     inputs, outputs = [], []
     block.module.register_forward_pre_hook(lambda m, args: inputs.append(args))
     block.module.register_forward_hook(lambda m, args, out: outputs.append(out))
@@ -154,7 +154,7 @@ def test_block(path):
             assert calls == {0: 1}, placement
             assert not torch.allclose(flat(outputs[-1]), flat(outputs[0])), placement
             te.eject(model)
-            if block.live and not host.note.startswith(NOT_RESIDUAL):
+            if block.has_shortcut and not host.note.startswith(NOT_RESIDUAL):
                 te.inject(model, Detach, 2, placement, include=lambda n: n == block.name, every=1)
                 gradients[placement] = gradient_of_inputs(block.module, inputs[0])
                 te.eject(model)
@@ -219,7 +219,7 @@ def test_every_second_block_whatever_flattens_the_names(name, expected, features
 
 def test_network_without_any_shortcut_takes_every_block():
     model = meta_model("lcnet_050")
-    assert not any(block.live for block in find_blocks(model))
+    assert not any(block.has_shortcut for block in find_blocks(model))
     assert len(te.sites(te.inject(model, "tsm", 2))) == 13
 
 
@@ -307,7 +307,7 @@ class MixedBlock(nn.Module):
 @pytest.fixture
 def my_hosts(monkeypatch):
     monkeypatch.setattr(blocks, "_HOSTS", known_hosts())
-    te.register_host(MyBlock, loc1="pre:conv", loc2="out:conv", loc4="out:norm", live="skip")
+    te.register_host(MyBlock, loc1="pre:conv", loc2="out:conv", loc4="out:norm", shortcut="skip")
     te.register_host(MixedBlock, loc1="pre:conv")
     te.register_host(Mixed, loc1="pre:")
 
@@ -330,7 +330,7 @@ def test_register_host(my_hosts):
         ({"loc1": "pre:#5"}, "has no layer '#5'"),
         ({"loc1": "pre:#x"}, "has no layer '#x'"),
         ({"loc1": "pre:training"}, "has no layer 'training'"),
-        ({"loc1": "pre:conv", "live": "nosuch"}, "has no attribute 'nosuch'"),
+        ({"loc1": "pre:conv", "shortcut": "nosuch"}, "has no attribute 'nosuch'"),
     ],
 )
 def test_hosts_that_do_not_fit_their_class(my_hosts, host, message):
@@ -339,7 +339,7 @@ def test_hosts_that_do_not_fit_their_class(my_hosts, host, message):
         te.inject(nn.Sequential(MyBlock(8)), "tsm", 2)
 
 
-@pytest.mark.parametrize("attribute", ["live", "tokens"])
+@pytest.mark.parametrize("attribute", ["shortcut", "tokens"])
 def test_register_host_rejects_what_is_no_name(attribute):
     with pytest.raises(TypeError, match=f"{attribute} must be the name of an attribute, got 3"):
         te.register_host(MyBlock, loc1="pre:conv", **{attribute: 3})

@@ -24,7 +24,7 @@ class Host:
         loc2: after the first convolution.
         loc3: after the second.
         loc4: before the addition (or concatenation).
-        live: the attribute that tells whether this block has a shortcut (``"!name"`` negates); None: always.
+        shortcut: the attribute that tells whether this block has one (``"!name"`` negates); None: always.
         tokens: the attribute (dotted) of blocks that work on tokens ``(B, N, C)``: no module sits there.
         nhwc: the block works on ``(B, H, W, C)``.
         each: the class is a whole plain network: below its child of this name every convolution but the
@@ -36,7 +36,7 @@ class Host:
     loc2: str | None = None
     loc3: str | None = None
     loc4: str | None = None
-    live: str | None = None
+    shortcut: str | None = None
     tokens: str | None = None
     nhwc: bool = False
     each: str | None = None
@@ -51,7 +51,7 @@ class Host:
                 part.partition(":")[:2] not in (("pre", ":"), ("out", ":")) for part in anchor.split("@")
             ):
                 raise ValueError(f'{name} must read "pre:child" or "out:child", got {anchor!r}')
-        for name in ("live", "tokens"):
+        for name in ("shortcut", "tokens"):
             if not isinstance(attribute := getattr(self, name), str | None):
                 raise TypeError(f"{name} must be the name of an attribute, got {attribute!r}")
 
@@ -71,15 +71,15 @@ class Block:
     stage: int | None
 
     @property
-    def live(self) -> bool:
+    def has_shortcut(self) -> bool:
         """Whether the block has a shortcut (or needs none)."""
-        flag = self.host.live
+        flag = self.host.shortcut
         if flag is None:
             return True
         if not hasattr(self.module, flag.lstrip("!")):
             raise ValueError(
                 f"{type(self.module).__name__} ({self.name}) has no attribute {flag.lstrip('!')!r}, which "
-                "its host names as live"
+                "its host names as the shortcut"
             )
         value = getattr(self.module, flag.lstrip("!"))
         present = value is not None and value is not False
@@ -199,7 +199,7 @@ def register_host(
     loc2: str | None = None,
     loc3: str | None = None,
     loc4: str | None = None,
-    live: str | None = None,
+    shortcut: str | None = None,
     tokens: str | None = None,
     nhwc: bool = False,
 ) -> None:
@@ -217,7 +217,7 @@ def register_host(
         loc2: after the first convolution.
         loc3: after the second.
         loc4: before the addition.
-        live: the attribute that tells whether a block has a shortcut (``"!name"`` negates); None: always.
+        shortcut: the attribute that tells whether a block has one (``"!name"`` negates); None: always.
         tokens: an attribute (dotted) of blocks that work on tokens ``(B, N, C)``; those are skipped.
         nhwc: the blocks work on ``(B, H, W, C)``.
 
@@ -247,7 +247,7 @@ def register_host(
         raise TypeError(
             f"block_class must be a torch.nn.Module class or its dotted name, got {block_class!r}"
         )
-    _HOSTS[block_class] = Host(loc1, loc2, loc3, loc4, live=live, tokens=tokens, nhwc=nhwc)
+    _HOSTS[block_class] = Host(loc1, loc2, loc3, loc4, shortcut=shortcut, tokens=tokens, nhwc=nhwc)
 
 
 def known_hosts() -> dict[str, Host]:
