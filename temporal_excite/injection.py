@@ -488,8 +488,7 @@ def _select(
         parent = block.name.rpartition(".")[0]
         index = counts[parent] = counts.get(parent, -1) + 1
         step = every or _released_step(model, block.name)
-        # A network without any shortcut has its blocks' starts all the same
-        if index % step or block.on_tokens or (any_shortcut and not block.has_shortcut):
+        if index % step or _unsuitable(block, any_shortcut):
             continue
         if not _matches(block.name, include, exclude):
             continue
@@ -500,6 +499,14 @@ def _select(
             f"passes stages={stages}, include={include!r}, exclude={exclude!r}, every={every}"
         )
     return chosen
+
+
+def _unsuitable(block: Block, any_shortcut: bool) -> str | None:
+    """Why a block never takes a module, in a network where any block has a shortcut or none; None: it may."""
+    if block.on_tokens:
+        return "works on tokens (B, N, C), not on feature maps"
+    # A network without any shortcut has its blocks' starts all the same
+    return "has no shortcut" if any_shortcut and not block.has_shortcut else None
 
 
 def _released_step(model: nn.Module, block: str) -> int:
@@ -523,18 +530,12 @@ def _skipped(model: nn.Module) -> SkippedList:
     taken = {site.block for site in sites(model)}
     known = find_blocks(model)
     any_shortcut = any(block.has_shortcut for block in known)
-    found = SkippedList()
-    for block in known:
-        if block.name in taken:
-            continue
-        if block.on_tokens:
-            reason = "works on tokens (B, N, C), not on feature maps"
-        elif any_shortcut and not block.has_shortcut:
-            reason = "has no shortcut"
-        else:
-            reason = "left out by every, stages, include or exclude" if taken else "nothing injected"
-        found.append(Skipped(block.name, type(block.module).__name__, block.stage, reason))
-    return found
+    otherwise = "left out by every, stages, include or exclude" if taken else "nothing injected"
+    return SkippedList(
+        Skipped(b.name, type(b.module).__name__, b.stage, _unsuitable(b, any_shortcut) or otherwise)
+        for b in known
+        if b.name not in taken
+    )
 
 
 def _check_plain(model: nn.Module) -> None:
