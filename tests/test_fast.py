@@ -427,24 +427,22 @@ def test_make_fx(name):
 def test_gradients_in_lower_precision_err_no_more_than_the_published_form(name, dtype, way):
     """Also of a backward pass inside autocast, which is not meant to be, but common."""
     torch.manual_seed(0)
+    converted, inside = way == "converted", "inside" in way
+    kind, scale = (dtype, 1) if converted else (torch.float32, 200)
     errors = {True: torch.zeros(()), False: torch.zeros(())}
     for _ in range(6):
         module = build(name, 32, 4, torch.float32).train()
-        scale = 1 if way == "converted" else 200
         x, weight = torch.randn(8, 32, 14, 14) + 1, torch.randn(8, 32, 14, 14) * scale
         exact = te.set_fast(copy.deepcopy(module).double(), False)
         (exact(x.double()) * weight.double()).sum().backward()
         for fast in errors:
-            twin = te.set_fast(copy.deepcopy(module), fast)
-            if way == "converted":
-                (twin.to(dtype)(x.to(dtype)) * weight).sum().backward()
-            else:
-                with torch.autocast("cpu", dtype):
-                    loss = (twin(x) * weight).sum()
-                    if "inside" in way:
-                        loss.backward()
-                if "inside" not in way:
+            twin = te.set_fast(copy.deepcopy(module), fast).to(kind)
+            with torch.autocast("cpu", dtype, enabled=not converted):
+                loss = (twin(x.to(kind)) * weight).sum()
+                if inside:
                     loss.backward()
+            if not inside:
+                loss.backward()
             pairs = zip(twin.parameters(), exact.parameters(), strict=True)
             errors[fast] = errors[fast] + torch.tensor([relative(p.grad.double(), q.grad) for p, q in pairs])
     assert (errors[True] <= 1.5 * errors[False] + 1e-5).all(), (errors[True] / errors[False]).tolist()
